@@ -126,7 +126,7 @@ class Engine(_message.Message):
     def __init__(self, id: _Optional[str] = ..., boot_id: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[_Union[Node, _Mapping]] = ..., runtimes: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[EngineState, str]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Capabilities(_message.Message):
-    __slots__ = ("chat", "completion", "logprobs", "seed", "resume", "max_choices", "deterministic")
+    __slots__ = ("chat", "completion", "logprobs", "seed", "resume", "max_choices", "deterministic", "penalties", "logit_bias", "min_p")
     CHAT_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,9 @@ class Capabilities(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    PENALTIES_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
     chat: bool
     completion: bool
     logprobs: bool
@@ -141,7 +144,10 @@ class Capabilities(_message.Message):
     resume: bool
     max_choices: int
     deterministic: bool
-    def __init__(self, chat: bool = ..., completion: bool = ..., logprobs: bool = ..., seed: bool = ..., resume: bool = ..., max_choices: _Optional[int] = ..., deterministic: bool = ...) -> None: ...
+    penalties: bool
+    logit_bias: bool
+    min_p: bool
+    def __init__(self, chat: bool = ..., completion: bool = ..., logprobs: bool = ..., seed: bool = ..., resume: bool = ..., max_choices: _Optional[int] = ..., deterministic: bool = ..., penalties: bool = ..., logit_bias: bool = ..., min_p: bool = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("id", "deployment", "engine_id", "address", "generation", "revision", "state", "reason", "runtime", "capabilities", "max_context_tokens", "max_concurrent", "queue_capacity", "restarts")
