@@ -1,11 +1,11 @@
 """Checks the contracts: lint, format, no breaking change against the committed baseline, stubs that match the protos.
 
-Run by the interpreter of the proto environment (grpcio-tools 1.80.0, buf-bin 1.75.0), which is not the project's own: newer
-generators raise the floor of protobuf for everyone who installs us.
+buf and the generators (grpcio-tools 1.80.0) are those on PATH, else those of .venv-proto: an environment apart from the project's
+own, since newer generators raise the floor of protobuf for everyone who installs us.
 
-    .venv-proto/bin/python tools/check_protos.py              check everything
-    .venv-proto/bin/python tools/check_protos.py --write      format the protos and regenerate the stubs
-    .venv-proto/bin/python tools/check_protos.py --baseline   take the protos as they are for the new baseline (at a release)
+    tools/check_protos.py              check everything
+    tools/check_protos.py --write      format the protos and regenerate the stubs
+    tools/check_protos.py --baseline   take the protos as they are for the new baseline (at a release)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,14 +26,25 @@ STUBS = "inference_runtime/v1"
 GRPC_TOOLS = "1.80.0"
 
 
-def buf(*args: str) -> bool:
-    """Run buf in the repository's root with this environment's programs first on PATH. True when it is content."""
-    bin_dir = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
+def generators() -> Path:
+    """The folder that holds buf and the python with grpcio-tools. Ends the program when there is none or another version."""
+    found = shutil.which("buf")
+    folder = Path(found).parent if found else ROOT / ".venv-proto" / "bin"
+    ask = "from importlib.metadata import version; print(version('grpcio-tools'))"
     try:
-        return subprocess.run([str(bin_dir / "buf"), *args], cwd=ROOT, env=environment, check=False).returncode == 0
-    except FileNotFoundError:
-        sys.exit(f"{bin_dir}/buf is missing: run this with the interpreter of .venv-proto (make .venv-proto)")
+        seen = subprocess.run([folder / "python", "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit(f"{folder} holds no python with grpcio-tools; run make proto, which sets up .venv-proto")
+    if seen != GRPC_TOOLS:
+        sys.exit(f"grpcio-tools {seen} is in {folder}, {GRPC_TOOLS} is needed; remove .venv-proto and run make proto")
+    return folder
+
+
+def buf(*args: str) -> bool:
+    """Run buf in the repository's root. True when it is content."""
+    folder = generators()
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run([folder / "buf", *args], cwd=ROOT, env=environment, check=False).returncode == 0
 
 
 def stubs_match() -> bool:
@@ -60,10 +72,6 @@ def main() -> int:
     group.add_argument("--write", action="store_true", help="format the protos and regenerate the stubs")
     group.add_argument("--baseline", action="store_true", help="make the present protos the baseline")
     args = parser.parse_args()
-    from importlib.metadata import version
-
-    if version("grpcio-tools") != GRPC_TOOLS:
-        sys.exit(f"grpcio-tools {version('grpcio-tools')} is installed, {GRPC_TOOLS} is needed; run make .venv-proto")
     if args.write:
         return 0 if buf("format", "-w", "protos") and buf("generate") else 1
     if args.baseline:

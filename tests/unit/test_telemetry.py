@@ -1,0 +1,253 @@
+"""Logs, metrics and traces of one process, read the way their consumers read them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from inference_runtime.errors import ServerError
+from inference_runtime.settings import TelemetrySettings
+from inference_runtime.telemetry import MAX_FIELD_CHARS, METRICS, MetricSet, Telemetry, get_logger, setup_telemetry
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def restore_root_logger() -> Iterator[None]:
+    """Put the process's logging back as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def logged(capsys: pytest.CaptureFixture[str], log_format: str, emit: Callable[[], None]) -> str:
+    """What a process with this format writes to stderr."""
+    setup_telemetry("sample", TelemetrySettings(log_format=log_format)).close()
+    emit()
+    return capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("restore_root_logger")
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize(
+    "forged", ["x\n2030-01-01T00:00:00.000Z error   gateway: all is lost", "a\r\nb", "\x1b[2Jgone", "\u2028sep", "\x00"]
+)
+def test_a_field_cannot_forge_a_line(capsys: pytest.CaptureFixture[str], log_format: str, forged: str) -> None:
+    """A client's text in a field stays inside its own line: control characters are escaped in both formats."""
+    text = logged(capsys, log_format, lambda: get_logger("t").info("request refused", model=forged))
+
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    assert all(c.isprintable() for c in text[:-1])
+
+
+@pytest.mark.usefixtures("restore_root_logger")
+def test_a_json_line_holds_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    """Collectors get the message constant and the facts by name."""
+    line = json.loads(logged(capsys, "json", lambda: get_logger("t").warning("replica lost", replica="r-1", attempts=2)))
+
+    assert (line["level"], line["service"], line["message"]) == ("warning", "sample", "replica lost")
+    assert (line["replica"], line["attempts"]) == ("r-1", "2")
+
+
+@pytest.mark.usefixtures("restore_root_logger")
+def test_a_long_field_is_cut_and_debug_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """A megabyte of header is not a log line; the level is respected."""
+
+    def emit() -> None:
+        get_logger("t").debug("not shown")
+        get_logger("t").info("long", value="x" * 1_000_000)
+
+    text = logged(capsys, "text", emit)
+
+    assert "not shown" not in text
+    assert len(text) < MAX_FIELD_CHARS + 200
+
+
+def sample_metrics() -> MetricSet:
+    """One of each kind, with values."""
+    metrics = MetricSet()
+    requests = metrics.counter("inference_requests_total", "deployment", "outcome")
+    requests.inc("demo", "ok")
+    requests.inc("demo", "ok", by=2)
+    requests.inc('q"u\\o\nte', "ok")
+    metrics.gauge("inference_running", "deployment").set(4, "demo")
+    ttft = metrics.histogram("gen_ai_server_time_to_first_token_seconds", "deployment")
+    for value in (0.004, 0.2, 1000.0):
+        ttft.observe(value, "demo")
+    return metrics
+
+
+def test_prometheus_text_holds_every_kind() -> None:
+    """V01, V03: counters, gauges, cumulative histograms; label values are escaped."""
+    lines = sample_metrics().prometheus_text().decode().split("\n")
+
+    name = "gen_ai_server_time_to_first_token_seconds"
+    assert "# TYPE inference_requests_total counter" in lines
+    assert 'inference_requests_total{deployment="demo",outcome="ok"} 3' in lines
+    assert 'inference_requests_total{deployment="q\\"u\\\\o\\nte",outcome="ok"} 1' in lines
+    assert 'inference_running{deployment="demo"} 4' in lines
+    assert f'{name}_bucket{{deployment="demo",le="0.005"}} 1' in lines
+    assert f'{name}_bucket{{deployment="demo",le="0.25"}} 2' in lines
+    assert f'{name}_bucket{{deployment="demo",le="300.0"}} 2' in lines
+    assert f'{name}_bucket{{deployment="demo",le="+Inf"}} 3' in lines
+    assert f'{name}_count{{deployment="demo"}} 3' in lines
+    assert lines[-1] == ""
+
+
+def test_a_metric_must_stand_in_the_table() -> None:
+    """Names live in one place; a new one is added there first."""
+    with pytest.raises(KeyError, match="METRICS"):
+        MetricSet().counter("inference_invented_total")
+
+
+def test_every_metric_of_the_table_has_a_sentence() -> None:
+    """V01: the table is the documentation."""
+    assert all(description and unit in {"", "s"} for unit, description in METRICS.values())
+
+
+def test_metrics_are_served_to_prometheus() -> None:
+    """V03: /metrics over HTTP on a port of its own; other paths are not found."""
+    telemetry = Telemetry("sample", TelemetrySettings(prometheus_port=0))
+    try:
+        telemetry.metrics.gauge("inference_leader", "role").set(1, "coordinator")
+        with urllib.request.urlopen(f"http://{telemetry.prometheus_address}/metrics", timeout=WAIT_S) as response:
+            body, content_type = response.read().decode(), response.headers["content-type"]
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://{telemetry.prometheus_address}/", timeout=WAIT_S)
+        caught.value.close()
+    finally:
+        telemetry.close()
+
+    assert 'inference_leader{role="coordinator"} 1' in body
+    assert content_type.startswith("text/plain")
+    assert caught.value.code == 404
+
+
+def test_a_taken_metrics_port_is_one_sentence() -> None:
+    """Bad input: the port and the key to change are named."""
+    first = Telemetry("sample", TelemetrySettings(prometheus_port=0))
+    try:
+        port = int(first.prometheus_address.rpartition(":")[2])
+        with pytest.raises(ServerError, match=f"port {port} .*prometheus_port"):
+            Telemetry("sample", TelemetrySettings(prometheus_port=port))
+    finally:
+        first.close()
+
+
+@dataclass
+class Collector:
+    """What an OTLP collector was sent."""
+
+    spans: list[Span] = field(default_factory=list)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    services: set[str] = field(default_factory=set)
+    address: str = ""
+
+
+class _Traces(trace_service_pb2_grpc.TraceServiceServicer):
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+
+    def Export(
+        self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
+    ) -> trace_service_pb2.ExportTraceServiceResponse:
+        for resource in request.resource_spans:
+            self._collector.services |= {a.value.string_value for a in resource.resource.attributes if a.key == "service.name"}
+            self._collector.spans += [span for scope in resource.scope_spans for span in scope.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+class _Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+
+    def Export(
+        self, request: metrics_service_pb2.ExportMetricsServiceRequest, context: grpc.ServicerContext
+    ) -> metrics_service_pb2.ExportMetricsServiceResponse:
+        for resource in request.resource_metrics:
+            for scope in resource.scope_metrics:
+                self._collector.metrics.update({metric.name: metric for metric in scope.metrics})
+        return metrics_service_pb2.ExportMetricsServiceResponse()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A real OTLP collector over gRPC on loopback."""
+    found = Collector()
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Traces(found), server)  # type: ignore[no-untyped-call]
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_Metrics(found), server)  # type: ignore[no-untyped-call]
+    found.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield found
+    server.stop(grace=None).wait()
+
+
+def test_spans_reach_a_collector_with_their_parent(collector: Collector) -> None:
+    """V02, V03: a span recorded after the fact keeps the caller's trace, its times, attributes and failure."""
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    telemetry = Telemetry("gateway", TelemetrySettings(otlp_endpoint=collector.address))
+    start = time.time_ns()
+
+    telemetry.record_span(
+        "chat demo",
+        traceparent=f"00-{trace_id}-{parent_id}-01",
+        start_ns=start,
+        end_ns=start + 5_000_000,
+        attributes={"gen_ai.request.model": "demo", "gen_ai.usage.output_tokens": 7},
+        error="ENGINE_LOST",
+    )
+    with telemetry.rpc_span("/inference_runtime.v1.EngineService/Execute", {"traceparent": f"00-{trace_id}-{parent_id}-01"}):
+        pass
+    telemetry.close()
+
+    by_name = {span.name: span for span in collector.spans}
+    chat, call = by_name["chat demo"], by_name["inference_runtime.v1.EngineService/Execute"]
+    assert {chat.trace_id.hex(), call.trace_id.hex()} == {trace_id}
+    assert {chat.parent_span_id.hex(), call.parent_span_id.hex()} == {parent_id}
+    assert chat.end_time_unix_nano - chat.start_time_unix_nano == 5_000_000
+    assert {a.key for a in chat.attributes} == {"gen_ai.request.model", "gen_ai.usage.output_tokens"}
+    assert (chat.status.code, chat.status.message) == (2, "ENGINE_LOST")
+    assert collector.services == {"inference-gateway"}
+
+
+def test_metrics_reach_a_collector_as_what_they_are(collector: Collector) -> None:
+    """V03: OTLP gets the same numbers as Prometheus, as sums, gauges and histograms, at the latest when the process ends."""
+    telemetry = Telemetry("gateway", TelemetrySettings(otlp_endpoint=collector.address, metric_interval_s=3600))
+    telemetry.metrics.counter("inference_requests_total", "deployment", "outcome").inc("demo", "ok", by=3)
+    telemetry.metrics.gauge("inference_running", "deployment").set(4, "demo")
+    telemetry.metrics.histogram("gen_ai_server_time_to_first_token_seconds", "deployment").observe(0.2, "demo")
+    telemetry.close()
+
+    total = collector.metrics["inference_requests_total"].sum
+    histogram = collector.metrics["gen_ai_server_time_to_first_token_seconds"].histogram.data_points[0]
+    assert total.is_monotonic
+    assert 3 in (total.data_points[0].as_double, total.data_points[0].as_int)
+    assert {a.key: a.value.string_value for a in total.data_points[0].attributes} == {"deployment": "demo", "outcome": "ok"}
+    assert collector.metrics["inference_running"].gauge.data_points
+    assert (histogram.count, round(histogram.sum, 6)) == (1, 0.2)
+    assert sum(histogram.bucket_counts) == 1
+
+
+def test_without_a_collector_no_span_is_built() -> None:
+    """A process without an exporter pays nothing for spans."""
+    telemetry = Telemetry("gateway", TelemetrySettings())
+    telemetry.record_span("x", traceparent="", start_ns=0, end_ns=1, attributes={})
+    telemetry.close()
+
+    assert telemetry.tracer is None
