@@ -1,0 +1,66 @@
+"""The panic rule: when many engines lose their leases at once, the registry is at fault, not the engines. Pure.
+
+Engines that died one by one leave the table at once. Engines that vanish in a crowd stay in it for a while: the gateways find out
+for themselves which of them answer. An engine that drained before it left is not missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+__all__ = ["LossGuard"]
+
+#: A crowd: at least this many, and more than this share of all.
+CROWD_ENGINES = 3
+CROWD_SHARE = 0.3
+#: Keys of one lease vanish together, but are seen over several watches. More apart than this, a removal was meant.
+TOGETHER_S = 2.0
+
+
+class LossGuard:
+    """Which vanished engines are still believed in.
+
+    Args:
+        window_s: Losses within this time of each other are a crowd; two lease times.
+        freeze_s: How long a lost engine is believed in; 0 for never.
+    """
+
+    def __init__(self, window_s: float, freeze_s: float) -> None:
+        self._window_s, self._freeze_s = window_s, freeze_s
+        self._lost_at: dict[str, float] = {}
+        self._frozen: dict[str, float] = {}
+
+    def lost(self, engine_id: str, alive: Collection[str], now_s: float) -> bool:
+        """An engine vanished without having drained. True when that is the moment of panic.
+
+        Args:
+            engine_id: Who vanished.
+            alive: Who is left.
+            now_s: The present.
+        """
+        self._forget(now_s)
+        self._lost_at[engine_id] = now_s
+        recent = [lost for lost, at_s in self._lost_at.items() if now_s - at_s <= self._window_s and lost not in alive]
+        if len(recent) < CROWD_ENGINES or len(recent) <= CROWD_SHARE * (len(alive) + len(recent)):
+            return False
+        calm = not self._frozen
+        self._frozen |= {lost: self._lost_at[lost] for lost in recent}
+        return calm and self._freeze_s > 0
+
+    def believed(self, engine_id: str, removed_s: float, now_s: float) -> bool:
+        """Whether something of this engine that was removed at `removed_s` still counts."""
+        lost_s = self._frozen.get(engine_id)
+        return lost_s is not None and now_s - lost_s < self._freeze_s and abs(removed_s - lost_s) <= TOGETHER_S
+
+    def next_change_s(self) -> float | None:
+        """When the oldest belief ends; None while there is no panic."""
+        return min(self._frozen.values()) + self._freeze_s if self._frozen else None
+
+    def _forget(self, now_s: float) -> None:
+        keep_s = max(self._window_s, self._freeze_s)
+        self._lost_at = {lost: at_s for lost, at_s in self._lost_at.items() if now_s - at_s <= keep_s}
+        self._frozen = {lost: at_s for lost, at_s in self._frozen.items() if now_s - at_s < self._freeze_s}
+
+    def calm_down(self, now_s: float) -> None:
+        """Forget beliefs that have ended."""
+        self._forget(now_s)

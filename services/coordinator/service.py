@@ -1,0 +1,135 @@
+"""CoordinatorService: translates and delegates to the table and the registrations of the term."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from inference_runtime.coordination import EtcdClient, LeaderObserver, Term
+from inference_runtime.errors import DeploymentNotFound, EngineLost, NoReplica, NotLeader
+from inference_runtime.telemetry import get_logger
+from inference_runtime.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
+from inference_runtime.wire import duration
+from services.coordinator.load import better_of_two
+from services.coordinator.registrar import Registrar
+from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.table import Table
+
+__all__ = ["ROLE", "CoordinatorService"]
+
+log = get_logger(__name__)
+
+ROLE = "coordinator"
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Office:
+    """What a term holds."""
+
+    table: Table
+    registrar: Registrar
+
+
+class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer):
+    """Answers while it leads; as a follower it names the leader.
+
+    Args:
+        client: etcd.
+        observer: Knows who leads.
+        settings: Intervals.
+    """
+
+    def __init__(self, client: EtcdClient, observer: LeaderObserver, settings: CoordinatorSettings) -> None:
+        self._client, self._observer, self._settings = client, observer, settings
+        self._draw = random.Random()
+        self._office: _Office | None = None
+
+    async def lead(self, term: Term) -> None:
+        """Answer and push the table until cancelled, which is how a term ends."""
+        table = Table(self._client, self._settings, term.token)
+        registrar = Registrar(self._client, term, self._settings.registration_ttl_s)
+        self._office = _Office(table, registrar)
+        try:
+            await table.run()
+        finally:
+            self._office = None
+            registrar.close()
+
+    async def Register(
+        self, request: coordinator_service_pb2.RegisterRequest, context: Context
+    ) -> coordinator_service_pb2.RegisterResponse:
+        valid_for_s = await self._leading().registrar.register(request.engine, request.replicas)
+        return coordinator_service_pb2.RegisterResponse(valid_for=duration(valid_for_s))
+
+    async def Deregister(
+        self, request: coordinator_service_pb2.DeregisterRequest, context: Context
+    ) -> coordinator_service_pb2.DeregisterResponse:
+        await self._leading().registrar.deregister(request.engine_id)
+        return coordinator_service_pb2.DeregisterResponse()
+
+    async def ReportLoad(
+        self, request: coordinator_service_pb2.ReportLoadRequest, context: Context
+    ) -> coordinator_service_pb2.ReportLoadResponse:
+        office = await self._ready()
+        registered = await office.registrar.renew(request.engine_id)
+        if not registered and not office.table.engine_known(request.engine_id):
+            raise EngineLost(f"engine {request.engine_id!r} is not registered; register it again", engine_id=request.engine_id)
+        office.table.report(request.engine_id, request.loads)
+        return coordinator_service_pb2.ReportLoadResponse()
+
+    async def Route(
+        self, request: coordinator_service_pb2.RouteRequest, context: Context
+    ) -> coordinator_service_pb2.RouteResponse:
+        office = await self._ready()
+        line = office.table.table.lines.get(request.deployment)
+        if line is None:
+            raise DeploymentNotFound(
+                f"no deployment is called {request.deployment!r}; list them to see which there are", deployment=request.deployment
+            )
+        if not line.replicas:
+            raise NoReplica(
+                f"no replica of deployment {request.deployment!r} takes requests at present; its status says why",
+                deployment=request.deployment,
+            )
+        replica = better_of_two(line.replicas, office.table.loads, time.monotonic(), self._draw)
+        return coordinator_service_pb2.RouteResponse(replica=replica)
+
+    async def WatchRoutes(
+        self, request: coordinator_service_pb2.WatchRoutesRequest, context: Context
+    ) -> AsyncIterator[coordinator_service_pb2.WatchRoutesResponse]:
+        with self._leading().table.subscribe() as watcher:
+            log.info("gateway watches", gateway=request.gateway_id)
+            while (message := await watcher.next()) is not None:
+                yield message
+        raise self._not_leader()
+
+    async def ListReplicas(
+        self, request: coordinator_service_pb2.ListReplicasRequest, context: Context
+    ) -> coordinator_service_pb2.ListReplicasResponse:
+        table, now_s = (await self._ready()).table, time.monotonic()
+        replicas = table.replicas(request.deployment)
+        loads = [load for replica in replicas if (load := table.loads.get(replica.id, now_s)) is not None]
+        return coordinator_service_pb2.ListReplicasResponse(replicas=replicas, loads=loads)
+
+    def _leading(self) -> _Office:
+        if self._office is None:
+            raise self._not_leader()
+        return self._office
+
+    async def _ready(self) -> _Office:
+        """The term's office, once its table was read."""
+        office = self._leading()
+        await office.table.ready()
+        if office.table.ended:
+            raise self._not_leader()
+        return office
+
+    def _not_leader(self) -> NotLeader:
+        leader = self._observer.current
+        return NotLeader("this process does not lead the coordinator role", role=ROLE, address=leader.address if leader else "")

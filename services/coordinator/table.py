@@ -1,0 +1,262 @@
+"""The live table of one term: follows etcd, and tells each watcher what changed.
+
+A watcher that is slow holds the names of what changed, never a queue of messages: what it is told is as new as the moment it
+listens. When too much has changed it gets the whole table again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
+from inference_runtime.telemetry import get_logger
+from inference_runtime.v1 import common_pb2, coordinator_service_pb2, deployment_pb2
+from services.coordinator.load import LoadBook
+from services.coordinator.panic import LossGuard
+from services.coordinator.routing import RouteTable, build_table, diff_tables
+from services.coordinator.settings import CoordinatorSettings
+
+__all__ = ["Subscription", "Table"]
+
+log = get_logger(__name__)
+
+#: After a change, others are gathered for this long before they are told: a burst makes one message, one change makes no delay.
+GATHER_S = 0.02
+#: Names that a watcher may owe before it is sent the whole table instead.
+MAX_OWED = 2000
+
+
+_KINDS: dict[str, type[Message]] = {
+    keys.DEPLOYMENTS: deployment_pb2.Deployment,
+    keys.ENGINES: common_pb2.Engine,
+    keys.REPLICAS: common_pb2.Replica,
+}
+
+
+class Table:
+    """The table while this process leads.
+
+    Args:
+        client: etcd.
+        settings: Intervals.
+        token: The term, sent along with every message.
+    """
+
+    def __init__(self, client: EtcdClient, settings: CoordinatorSettings, token: common_pb2.FencingToken) -> None:
+        self.settings, self.token = settings, token
+        self.table = RouteTable()
+        self.loads = LoadBook(settings.load_ttl_s)
+        self._client = client
+        self._revision = 0
+        self._deployments: dict[str, deployment_pb2.Deployment] = {}
+        self._engines: dict[str, common_pb2.Engine] = {}
+        self._replicas: dict[str, common_pb2.Replica] = {}
+        self._guard = LossGuard(2 * settings.etcd.lease_ttl_s, settings.freeze_s)
+        self._removed: dict[str, tuple[float, common_pb2.Replica]] = {}
+        self._dirty = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._watchers: set[Subscription] = set()
+        self.ended = False
+
+    async def run(self) -> None:
+        """Follow etcd until cancelled. Watchers learn that it is over."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow())
+                tasks.create_task(self._publish())
+        finally:
+            self.ended = True
+            self._ready.set()
+            for watcher in self._watchers:
+                watcher.wake.set()
+
+    async def ready(self) -> None:
+        """Wait until everything was read once, or the term has ended."""
+        await self._ready.wait()
+
+    @contextmanager
+    def subscribe(self) -> Iterator[Subscription]:
+        """A watcher of the table, for as long as the context lasts."""
+        watcher = Subscription(self)
+        self._watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.discard(watcher)
+
+    def engine_known(self, engine_id: str) -> bool:
+        """Whether this engine is registered, or believed to be."""
+        return keys.ENGINES + engine_id in self._engines or any(
+            replica.engine_id == engine_id for line in self.table.lines.values() for replica in line.replicas
+        )
+
+    def replicas(self, deployment: str = "") -> list[common_pb2.Replica]:
+        """All replicas that are registered, in any state, by deployment and id."""
+        chosen = (r for r in self._replicas.values() if not deployment or r.deployment == deployment)
+        return sorted(chosen, key=lambda replica: (replica.deployment, replica.id))
+
+    def report(self, engine_id: str, loads: Iterable[common_pb2.ReplicaLoad]) -> None:
+        """Take load reports of an engine's replicas. Each call renews what it said before; unknown replicas are ignored."""
+        now_s = time.monotonic()
+        own = {r.id for r in self._replicas.values() if r.engine_id == engine_id}
+        own |= {r.id for line in self.table.lines.values() for r in line.replicas if r.engine_id == engine_id}
+        said = {load.replica_id: load for load in loads if load.replica_id in own}
+        silent = {i: load for i in own - said.keys() if (load := self.loads.get(i, now_s)) is not None}
+        news = {i for i, load in {**silent, **said}.items() if self.loads.report(load, now_s)}
+        if news:
+            for watcher in self._watchers:
+                watcher.owe_loads(news)
+
+    async def _follow(self) -> None:
+        # One watch over all keys, so that a table stands for one revision and a lease that ends takes its keys at one moment.
+        async with watch_prefix(self._client, keys.ROOT) as watch:
+            async for batch in watch:
+                self._apply(batch)
+                self._dirty.set()
+
+    def _apply(self, batch: WatchBatch) -> None:
+        gone: Iterable[str] = batch.deletes
+        if batch.snapshot:
+            listed = {kv.key for kv in batch.puts}
+            gone = [key for records in self._records() for key in records if key not in listed]
+        for key in gone:
+            self._remove(key)
+        for kv in batch.puts:
+            self._put(kv)
+        self._revision = batch.revision
+
+    def _records(self) -> tuple[dict[str, Any], ...]:
+        return self._deployments, self._engines, self._replicas
+
+    def _put(self, kv: KeyValue) -> None:
+        for (prefix, message), records in zip(_KINDS.items(), self._records(), strict=True):
+            if kv.key.startswith(prefix):
+                self._removed.pop(kv.key, None)
+                try:
+                    records[kv.key] = message.FromString(kv.value)
+                except DecodeError as err:
+                    log.error("record is not readable", key=kv.key, exc_info=err)
+                    records.pop(kv.key, None)
+
+    def _remove(self, key: str) -> None:
+        now_s = time.monotonic()
+        self._deployments.pop(key, None)
+        replica = self._replicas.pop(key, None)
+        if replica is not None and replica.state == common_pb2.REPLICA_STATE_SERVING:
+            self._removed[key] = (now_s, replica)
+        engine = self._engines.pop(key, None)
+        if engine is None or engine.state == common_pb2.ENGINE_STATE_DRAINING:
+            return
+        if self._guard.lost(engine.id, {e.id for e in self._engines.values()}, now_s):
+            log.error("many engines lost their leases at once; their routes are kept for a while", alive=len(self._engines))
+
+    async def _publish(self) -> None:
+        while True:
+            until_s = self._guard.next_change_s()
+            try:
+                async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if until_s is not None else None):
+                    await self._dirty.wait()
+            except TimeoutError:
+                pass
+            self._dirty.clear()
+            self._rebuild()
+            self._ready.set()
+            await asyncio.sleep(GATHER_S)
+
+    def _rebuild(self) -> None:
+        now_s = time.monotonic()
+        self._guard.calm_down(now_s)
+        window_s = max(self.settings.freeze_s, 2 * self.settings.etcd.lease_ttl_s)
+        self._removed = {k: (at_s, r) for k, (at_s, r) in self._removed.items() if now_s - at_s <= window_s}
+        believed = [r for at_s, r in self._removed.values() if self._guard.believed(r.engine_id, at_s, now_s)]
+        table = build_table(
+            self._revision,
+            self._deployments.values(),
+            [*self._replicas.values(), *believed],
+            {engine.id: engine for engine in self._engines.values()},
+        )
+        change = diff_tables(self.table, table)
+        self.table = RouteTable(change.revision, table.lines)
+        self.loads.keep({r.id for r in self._replicas.values()} | self.table.replica_ids(), now_s)
+        if change:
+            for watcher in self._watchers:
+                watcher.owe_lines(change.changed.keys() | change.removed)
+
+
+class Subscription:
+    """One watcher of the table. `next` gives what it has not been told."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._lines: set[str] | None = None  # None: it is owed the whole table
+        self._loads: set[str] = set()
+        self._load_due_s = 0.0
+        self.wake = asyncio.Event()
+
+    def owe_lines(self, names: Iterable[str]) -> None:
+        """These lines changed."""
+        if self._lines is not None:
+            self._lines |= set(names)
+            if len(self._lines) > MAX_OWED:
+                self._lines = None
+        self.wake.set()
+
+    def owe_loads(self, replica_ids: set[str]) -> None:
+        """The load of these replicas changed."""
+        self._loads |= replica_ids & self._table.table.replica_ids()
+        if len(self._loads) > MAX_OWED:
+            self._lines = None
+        self.wake.set()
+
+    async def next(self) -> coordinator_service_pb2.WatchRoutesResponse | None:
+        """What is new, as soon as there is something; nothing but the revision when there is nothing for a while; None when the
+        term has ended."""
+        await self._table.ready()
+        heard_s = time.monotonic()
+        while not self._table.ended:
+            now_s = time.monotonic()
+            self.wake.clear()
+            if self._lines is None:
+                return self._snapshot(now_s)
+            if self._lines or (self._loads and now_s >= self._load_due_s):
+                return self._change(now_s)
+            silent_s = heard_s + self._table.settings.keep_alive_s
+            if now_s >= silent_s:
+                return self._message()
+            due_s = min(silent_s, self._load_due_s) if self._loads else silent_s
+            try:
+                async with asyncio.timeout(due_s - now_s):
+                    await self.wake.wait()
+            except TimeoutError:
+                continue
+        return None
+
+    def _message(self) -> coordinator_service_pb2.WatchRoutesResponse:
+        return coordinator_service_pb2.WatchRoutesResponse(revision=self._table.table.revision, fencing_token=self._table.token)
+
+    def _snapshot(self, now_s: float) -> coordinator_service_pb2.WatchRoutesResponse:
+        message = self._message()
+        message.snapshot = True
+        message.deployments.extend(line for _, line in sorted(self._table.table.lines.items()))
+        message.loads.extend(self._table.loads.all(now_s))
+        self._lines, self._loads = set(), set()
+        self._load_due_s = now_s + self._table.settings.load_interval_s
+        return message
+
+    def _change(self, now_s: float) -> coordinator_service_pb2.WatchRoutesResponse:
+        message, lines = self._message(), self._table.table.lines
+        for name in sorted(self._lines or ()):
+            if name in lines:
+                message.deployments.append(lines[name])
+            else:
+                message.removed.append(name)
+        message.loads.extend(load for i in sorted(self._loads) if (load := self._table.loads.get(i, now_s)) is not None)
+        self._lines, self._loads = set(), set()
+        self._load_due_s = now_s + self._table.settings.load_interval_s
+        return message

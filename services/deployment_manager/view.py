@@ -1,0 +1,199 @@
+"""What the leader knows: one consistent view of etcd, and who waits for it to change.
+
+One watch over all keys, not one for each kind: a transaction that touched several is then seen whole or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from google.protobuf.message import DecodeError, Message
+
+from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
+from inference_runtime.telemetry import get_logger
+from inference_runtime.v1 import common_pb2, deployment_pb2
+from services.deployment_manager.placement import host_of
+from services.deployment_manager.rollout import World
+
+__all__ = ["View", "Watcher"]
+
+log = get_logger(__name__)
+
+_KINDS: dict[str, type[Message]] = {
+    keys.DEPLOYMENTS: deployment_pb2.Deployment,
+    keys.ENGINES: common_pb2.Engine,
+    keys.ASSIGNMENTS: common_pb2.Assignment,
+    keys.REPLICAS: common_pb2.Replica,
+}
+
+
+class View:
+    """The records as last seen; the last known ones while etcd is away.
+
+    Args:
+        client: etcd.
+    """
+
+    def __init__(self, client: EtcdClient) -> None:
+        self._client = client
+        self._records: dict[str, dict[str, Message]] = {prefix: {} for prefix in _KINDS}
+        self._leaving: dict[str, common_pb2.Assignment] = {}
+        self._hosts: dict[str, str] = {}
+        self._changed = asyncio.Event()
+        self._watchers: set[Watcher] = set()
+        #: mod revision of each deployment's record, by name
+        self.mod_revisions: dict[str, int] = {}
+        #: when each engine that assignments name was first missed, monotonic seconds
+        self.missing_since: dict[str, float] = {}
+        self.revision = 0
+
+    async def run(self) -> None:
+        """Follow etcd until cancelled."""
+        async with watch_prefix(self._client, keys.ROOT) as watch:
+            async for batch in watch:
+                self._apply(batch)
+
+    def _apply(self, batch: WatchBatch) -> None:
+        if batch.snapshot:
+            listed = {kv.key for kv in batch.puts}
+            gone = [key for records in self._records.values() for key in records if key not in listed]
+        else:
+            gone = batch.deletes
+        for key in gone:
+            self._remove(key)
+        for kv in batch.puts:
+            self._put(kv)
+        self._note_missing()
+        self.revision = batch.revision
+        self._changed.set()
+        for watcher in self._watchers:
+            watcher.wake.set()
+
+    async def changed(self, timeout_s: float | None = None) -> None:
+        """Wait for a change since the last call, or until the time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._changed.clear()
+
+    async def reach(self, revision: int) -> None:
+        """Wait until a write of ours, made at this revision, is seen."""
+        while self.revision < revision:
+            await self.changed()
+        self._changed.set()
+
+    @property
+    def deployments(self) -> dict[str, deployment_pb2.Deployment]:
+        """The catalogue, by name."""
+        return {key.removeprefix(keys.DEPLOYMENTS): record for key, record in self._records[keys.DEPLOYMENTS].items()}  # type: ignore[misc]
+
+    @property
+    def engines(self) -> dict[str, common_pb2.Engine]:
+        """Registered engines, by id."""
+        return {key.removeprefix(keys.ENGINES): record for key, record in self._records[keys.ENGINES].items()}  # type: ignore[misc]
+
+    def world(self, engine_gone_s: float) -> World:
+        """The view as the planner takes it. Engines that are missing for longer than that count as gone."""
+        now_s = time.monotonic()
+        assignments: dict[str, common_pb2.Assignment] = {a.replica_id: a for a in self._assignments()}
+        replicas: dict[str, common_pb2.Replica] = {r.id: r for r in self._records[keys.REPLICAS].values()}  # type: ignore[attr-defined,misc]
+        return World(
+            engines=self.engines,
+            gone=frozenset(e for e, since_s in self.missing_since.items() if now_s - since_s >= engine_gone_s),
+            assignments=assignments,
+            replicas=replicas,
+            leaving=[a for a in self._leaving.values() if a.replica_id in replicas],
+            hosts=self._hosts,
+        )
+
+    def end(self) -> None:
+        """The term is over: watchers are told."""
+        for watcher in self._watchers:
+            watcher.ended = True
+            watcher.wake.set()
+
+    @contextmanager
+    def subscribe(self) -> Iterator[Watcher]:
+        """A watcher of the catalogue, for as long as the context lasts."""
+        watcher = Watcher(self)
+        self._watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.discard(watcher)
+
+    def _assignments(self) -> list[common_pb2.Assignment]:
+        return list(self._records[keys.ASSIGNMENTS].values())  # type: ignore[arg-type]
+
+    def _put(self, kv: KeyValue) -> None:
+        prefix = next((prefix for prefix in _KINDS if kv.key.startswith(prefix)), "")
+        if not prefix:
+            return
+        try:
+            record = _KINDS[prefix].FromString(kv.value)
+        except DecodeError as err:
+            log.error("record is not readable", key=kv.key, exc_info=err)
+            self._remove(kv.key)
+            return
+        self._records[prefix][kv.key] = record
+        if isinstance(record, common_pb2.Engine):
+            self._hosts[record.id] = host_of(record)
+        elif isinstance(record, common_pb2.Assignment):
+            self._leaving.pop(record.replica_id, None)
+        elif isinstance(record, deployment_pb2.Deployment):
+            self._catalogue_changed(kv.key, kv.mod_revision)
+
+    def _remove(self, key: str) -> None:
+        for prefix, records in self._records.items():
+            record = records.pop(key, None)
+            if isinstance(record, common_pb2.Assignment):
+                self._leaving[record.replica_id] = record
+            elif isinstance(record, common_pb2.Replica):
+                self._leaving.pop(record.id, None)
+            elif record is not None and prefix == keys.DEPLOYMENTS:
+                self._catalogue_changed(key, 0)
+
+    def _catalogue_changed(self, key: str, mod_revision: int) -> None:
+        name = key.removeprefix(keys.DEPLOYMENTS)
+        if mod_revision:
+            self.mod_revisions[name] = mod_revision
+        else:
+            self.mod_revisions.pop(name, None)
+        for watcher in self._watchers:
+            watcher.owed.add(name)
+
+    def _note_missing(self) -> None:
+        engines, now_s = self.engines, time.monotonic()
+        named = {a.engine_id for a in self._assignments()} | {a.engine_id for a in self._leaving.values()}
+        self.missing_since = {e: self.missing_since.get(e, now_s) for e in named - engines.keys()}
+        self._hosts = {e: host for e, host in self._hosts.items() if e in named or e in engines}
+        replicas = {record.id for record in self._records[keys.REPLICAS].values()}  # type: ignore[attr-defined]
+        self._leaving = {i: a for i, a in self._leaving.items() if i in replicas}
+
+
+class Watcher:
+    """One watcher of the catalogue: it is owed names, never a queue of records."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.owed: set[str] = set(view.deployments)
+        self.wake = asyncio.Event()
+        self.ended = False
+
+    async def next(self) -> list[tuple[str, deployment_pb2.Deployment | None]] | None:
+        """What changed since the last call: names with their record, or None for one that is gone. Waits for the first. None when
+        the term is over."""
+        while not self.owed or self.ended:
+            if self.ended:
+                return None
+            self.wake.clear()
+            await self.wake.wait()
+        owed, self.owed = sorted(self.owed), set()
+        records = self._view.deployments
+        return [(name, records.get(name)) for name in owed]
