@@ -1,1 +1,1 @@
-"""The test kit: real etcd, scripted answers, conformance checks, fault injectors. For tests; nothing that serves imports it."""
+"""Tools for tests, and for running a whole installation on one machine. Import what you need from its modules."""
