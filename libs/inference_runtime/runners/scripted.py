@@ -1,4 +1,4 @@
-"""Runtime "scripted": a model without a model. Its tokens are a function of (seed, prompt, choice, index), for anyone to recompute.
+"""Runtime "scripted": a model without a model. Its tokens follow from (seed, prompt, choice, index), for anyone to recompute.
 
 For tests, benchmarks and rehearsals of failure: pace, length and faults are set in `runtime_config`, and a client can tell to
 the token whether anything was lost, doubled, reordered or mixed up (`inference_runtime.testing.scripted`). It needs no packages.

@@ -1,0 +1,1 @@
+"""The engine: hosts replicas of deployments and runs generations on them."""

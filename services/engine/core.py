@@ -1,0 +1,572 @@
+"""One replica's front: admits or refuses at once, queues, and turns what the worker produces into chunks for whoever asked.
+
+`EngineCore` owns every request of the replica from admission to its end, and counts nothing: what runs and what waits is read off
+the collections that hold it. `Stream` is one such request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from typing import Protocol
+
+from inference_runtime.deployment import DeploymentSpec
+from inference_runtime.errors import (
+    Backpressure,
+    BadRequest,
+    Draining,
+    InferenceError,
+    Internal,
+    NoReplica,
+    RequestCancelled,
+    Timeout,
+    Unsupported,
+)
+from inference_runtime.generation import ChatPrompt, FinishReason, SamplingParams, TextPart, TextPrompt, TokenChunk
+from inference_runtime.runner import Codec, RunnerConfig, RunnerInfo, Runtime, StepOutput
+from inference_runtime.stepping import ChoiceAssembler, StepReport, check_supported, encode_prompt, fit_context
+from inference_runtime.supervision import GaveUp
+from inference_runtime.telemetry import Telemetry, get_logger
+from services.engine.submission import Submission
+from services.engine.worker import Flight, Worker
+
+__all__ = ["CoreMetrics", "CoreState", "EngineCore", "Outlet", "Stream"]
+
+log = get_logger(__name__)
+
+#: Prompts up to this size are tokenised where they arrive: a hop to a thread and back costs more.
+INLINE_PROMPT_CHARS = 1024
+
+
+class CoreState(enum.Enum):
+    """State of a replica."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Outlet(Protocol):
+    """Where the chunks of a stream go. Never blocks: what is slow behind it is its own to bound."""
+
+    def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
+        """A piece of the answer; the last one has a finish reason."""
+        ...
+
+    def error(self, stream: Stream, err: InferenceError) -> None:
+        """The answer ends with this."""
+        ...
+
+
+class CoreMetrics:
+    """What the cores of one process measure."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        metrics = telemetry.metrics
+        self.telemetry = telemetry
+        self.queue_s = metrics.histogram("inference_queue_seconds", "deployment")
+        self.step_s = metrics.histogram("inference_step_seconds", "deployment")
+        self.cancel_s = metrics.histogram("inference_cancel_to_stop_seconds", "deployment")
+        self.restarts = metrics.counter("inference_context_restarts_total", "deployment", "cause")
+        self.running = metrics.gauge("inference_running", "deployment", "replica")
+        self.queued = metrics.gauge("inference_queued", "deployment", "replica")
+        self.kv_use = metrics.gauge("inference_kv_use", "deployment", "replica")
+
+
+class Stream:
+    """One request, from admission to its last chunk. Made by EngineCore.submit; the caller may cancel it and grant credit."""
+
+    __slots__ = (
+        "_core",
+        "_credit",
+        "_first_chunk_timer",
+        "_held",
+        "_held_tokens",
+        "_plain",
+        "_total_timer",
+        "admitted_ns",
+        "admitted_s",
+        "choice",
+        "ended",
+        "flight",
+        "number",
+        "outlet",
+        "submission",
+    )
+
+    def __init__(self, core: EngineCore, number: int, submission: Submission, outlet: Outlet) -> None:
+        self._core, self.number, self.submission, self.outlet = core, number, submission, outlet
+        self.admitted_s = time.monotonic()
+        self.admitted_ns = time.time_ns()
+        self.choice: ChoiceAssembler | None = None
+        self.flight: Flight | None = None
+        #: Nothing will be produced any more. Held chunks may still wait for credit.
+        self.ended = False
+        self._credit = submission.credits
+        self._plain = not submission.credits and submission.coalesce_tokens <= 1
+        self._held: list[TokenChunk] = []
+        self._held_tokens = 0
+        self._first_chunk_timer: asyncio.TimerHandle | None = None
+        self._total_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def context_generation(self) -> int:
+        """Generation of the context that runs it."""
+        return self._core.context_generation
+
+    @property
+    def index(self) -> int:
+        """Tokens of the answer so far."""
+        return self.choice.index if self.choice is not None else len(self.submission.prefix)
+
+    def cancel(self) -> None:
+        """The caller wants no more. Nothing more is delivered, and the sequence is gone before the next step. Idempotent."""
+        self._held.clear()
+        self._core.end(self, RequestCancelled("cancelled by the caller"))
+
+    def grant(self, tokens: int) -> None:
+        """Let this many more tokens go. No meaning for a stream that was submitted without credits."""
+        if self.submission.credits:
+            self._credit += tokens
+            self._release()
+
+    # --- FlightOwner -------------------------------------------------------------------------------------------------
+
+    def on_output(self, output: StepOutput) -> None:
+        """Turn what a step made into a chunk, and deliver it."""
+        if output.error is not None:
+            err = output.error
+            self.fail(err if isinstance(err, InferenceError) else Internal(f"the sequence failed: {err!r}"))
+            return
+        if self._first_chunk_timer is not None:
+            self._first_chunk_timer.cancel()
+            self._first_chunk_timer = None
+        assert self.choice is not None
+        if self.submission.credits and len(output.token_ids) > 1:  # credit counts single tokens, so text must be cut at each
+            last = len(output.token_ids) - 1
+            for i, token in enumerate(output.token_ids):
+                logprobs = output.logprobs[i : i + 1]
+                chunk = self.choice.take(
+                    replace(
+                        output, token_ids=(token,), logprobs=logprobs, finish_reason=output.finish_reason if i == last else None
+                    )
+                )
+                self.deliver(chunk)
+                if chunk.finish_reason is not None:
+                    return
+        else:
+            self.deliver(self.choice.take(output))
+
+    def on_failure(self, err: InferenceError) -> None:
+        """The context is gone."""
+        self.fail(err)
+
+    # --- delivery ----------------------------------------------------------------------------------------------------
+
+    def deliver(self, chunk: TokenChunk) -> None:
+        """Send a chunk, or hold it until enough tokens or credit are there."""
+        if self._plain:
+            self.outlet.chunk(self, chunk)
+        else:
+            self._held.append(chunk)
+            self._held_tokens += len(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            self._core.end(self, None)
+        if not self._plain:
+            self._release()
+
+    def fail(self, err: InferenceError) -> None:
+        """End with an error, after the tokens that are ready and may go. No-op once ended."""
+        if not self.ended:
+            self._core.end(self, err)
+            self._release()
+            self._held.clear()
+            self.outlet.error(self, err)
+
+    def _release(self) -> None:
+        """Send what is held, as far as coalescing and credit allow, as one chunk."""
+        if not self._held or (self._held_tokens < self.submission.coalesce_tokens and not self.ended):
+            return
+        count = len(self._held)
+        if self.submission.credits:
+            count, credit = 0, self._credit
+            for chunk in self._held:
+                if len(chunk.token_ids) > credit:
+                    break
+                credit -= len(chunk.token_ids)
+                count += 1
+            self._credit = credit
+        if count:
+            ready, self._held = self._held[:count], self._held[count:]
+            self._held_tokens -= sum(len(c.token_ids) for c in ready)
+            self.outlet.chunk(self, _join(ready))
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def start_clocks(self, first_chunk_s: float, total_s: float) -> None:
+        """Fail the stream when a phase takes longer than it may."""
+        loop = asyncio.get_running_loop()
+        self._total_timer = loop.call_later(total_s, self._late, "total", total_s)
+        if first_chunk_s < total_s:
+            self._first_chunk_timer = loop.call_later(first_chunk_s, self._late, "first_chunk", first_chunk_s)
+
+    def stop_clocks(self) -> None:
+        """No phase is left that could take too long."""
+        for timer in (self._first_chunk_timer, self._total_timer):
+            if timer is not None:
+                timer.cancel()
+        self._first_chunk_timer = self._total_timer = None
+
+    def _late(self, phase: str, limit_s: float) -> None:
+        what = "the first chunk" if phase == "first_chunk" else "the whole answer"
+        elapsed_s = time.monotonic() - self.admitted_s
+        self.fail(Timeout(f"{what} took longer than {limit_s:g} s", phase=phase, elapsed_s=f"{elapsed_s:.3f}"))
+
+
+def _join(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """Neighbouring chunks of one choice as one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return replace(
+        chunks[-1],
+        index=chunks[0].index,
+        token_ids=tuple(t for c in chunks for t in c.token_ids),
+        text="".join(c.text for c in chunks),
+        logprobs=tuple(p for c in chunks for p in c.logprobs),
+    )
+
+
+class EngineCore:
+    """One replica: submissions in, chunks out.
+
+    At most `max_concurrent` requests run (fewer where the runner's batch is smaller) and `queue_capacity` wait: first come first
+    served within a priority, higher priorities first. All methods belong to the event loop that runs `run`.
+
+    Args:
+        replica_id: Its id in the cluster.
+        spec: The deployment.
+        revision: Of the deployment.
+        runtime: Makes codec and runners.
+        accelerators: Devices it may use.
+        tokenisers: Threads that tokenise long prompts.
+        metrics: Where it counts.
+        on_change: Called when state, reason, info or restarts changed.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        spec: DeploymentSpec,
+        revision: str,
+        runtime: Runtime,
+        *,
+        accelerators: tuple[int, ...] = (),
+        tokenisers: Executor,
+        metrics: CoreMetrics,
+        on_change: Callable[[EngineCore], None],
+    ) -> None:
+        self.replica_id, self.spec, self.revision, self.runtime = replica_id, spec, revision, runtime
+        self.state = CoreState.LOADING
+        #: One sentence where the state needs one.
+        self.reason = ""
+        #: What was loaded; None before that.
+        self.info: RunnerInfo | None = None
+        self._config = RunnerConfig(
+            model=spec.model,
+            options=spec.runtime_config,
+            accelerators=accelerators,
+            max_context_tokens=spec.serving.max_context_tokens,
+            max_batch=spec.serving.max_concurrent,
+        )
+        self._worker = Worker(runtime, self._config, name=replica_id, listener=self)
+        self._tokenisers, self._metrics, self._on_change = tokenisers, metrics, on_change
+        self._codec: Codec | None = None
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, Stream] = {}  # admitted and not ended
+        self._running: set[Stream] = set()  # of those, the ones with the worker
+        self._queue: list[tuple[int, int, Stream]] = []  # (-priority, number, stream); ended ones are skipped when met
+        self._aborting: dict[int, float] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Load, and serve until cancelled. A replica that cannot work ends in FAILED with its reason; nothing is raised."""
+        loop = asyncio.get_running_loop()
+        try:
+            self.runtime.validate(self._config)
+            self._codec = await loop.run_in_executor(self._tokenisers, self.runtime.make_codec, self._config)
+            await self._worker.run()
+        except (GaveUp, InferenceError) as err:
+            self._give_up(str(err))
+        except Exception as err:  # a runtime is foreign code: whatever it raises ends this replica, not the engine
+            log.error("replica failed", replica=self.replica_id, exc_info=err)
+            self._give_up(f"runtime {self.runtime.name!r} failed: {type(err).__name__}: {err}")
+
+    def _give_up(self, reason: str) -> None:
+        log.error("replica gave up", replica=self.replica_id, deployment=self.spec.name, reason=reason)
+        self._set_state(CoreState.FAILED, reason)
+        for stream in list(self._streams.values()):
+            stream.fail(NoReplica(f"replica {self.replica_id} of deployment {self.spec.name!r} failed: {reason}"))
+
+    def start_draining(self) -> None:
+        """Take nothing new; what runs and waits goes on."""
+        if self.state is not CoreState.FAILED:
+            self._set_state(CoreState.DRAINING, "")
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until nothing runs or waits. After `timeout_s` the rest fails with Draining, and the answer is False."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            left = list(self._streams.values())
+            log.warning("drain timed out", replica=self.replica_id, streams=len(left), timeout_s=timeout_s)
+            for stream in left:
+                stream.fail(Draining(f"replica {self.replica_id} shut down before the answer was complete; continue elsewhere"))
+            return False
+        return True
+
+    def reconfigure(self, spec: DeploymentSpec) -> None:
+        """Take over bounds and timeouts of a newer generation of the same revision. Model and runtime stay."""
+        self.spec = spec
+        self._pump()
+
+    def rebuild(self) -> None:
+        """Replace the context; running requests continue on the next one where the runner can resume."""
+        self._worker.rebuild()
+
+    def _set_state(self, state: CoreState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        self._on_change(self)
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def context_generation(self) -> int:
+        """Number of the present context, from 1."""
+        return self._worker.generation
+
+    @property
+    def restarts(self) -> int:
+        """Context restarts so far."""
+        return self._worker.restarts
+
+    @property
+    def max_concurrent(self) -> int:
+        """Requests that run at once: as deployed, or the runner's batch where that is smaller."""
+        limit = self.spec.serving.max_concurrent
+        return limit if self.info is None else min(limit, self.info.max_batch)
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait, those being tokenised included."""
+        return len(self._streams) - len(self._running)
+
+    @property
+    def kv_use(self) -> float:
+        """Share of the KV cache in use."""
+        return self._worker.kv_use if self._running else 0.0
+
+    def pending_tokens(self) -> int:
+        """Upper bound of tokens still to be computed: prompts that wait, and output that is allowed."""
+        total = 0
+        for stream in self._streams.values():
+            flight = stream.flight
+            if flight is not None:
+                total += flight.sampling.max_tokens - len(flight.generated)
+                if stream not in self._running or not flight.generated:
+                    total += len(flight.prompt_token_ids)
+        return total
+
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission, outlet: Outlet) -> Stream:
+        """Admit a request or refuse it, at once.
+
+        A long prompt is tokenised after admission; what is wrong with it then comes as the stream's error.
+
+        Raises:
+            NoReplica: The replica does not serve (yet, or any more).
+            Draining: It takes nothing new, or has another revision than the prefix was made with.
+            Unsupported: The runtime lacks what was asked for.
+            BadRequest, ContextLengthExceeded: The prompt is wrong, or too long.
+            Backpressure: As many run and wait as may.
+            Timeout: No time is left.
+        """
+        info = self._check(submission)
+        total_s = self.spec.timeouts.total_s if submission.time_left_s is None else submission.time_left_s
+        if total_s <= 0:
+            raise Timeout("no time is left for this request", phase="admission", elapsed_s="0")
+        prepared = self._prepare(submission, info) if _prompt_chars(submission) <= INLINE_PROMPT_CHARS else None
+        stream = Stream(self, next(self._numbers), submission, outlet)
+        self._streams[stream.number] = stream
+        self._idle.clear()
+        stream.start_clocks(self.spec.timeouts.first_chunk_s, total_s)
+        if prepared is None:
+            self._tokenise(stream, info)
+        else:
+            self._enqueue(stream, *prepared)
+        return stream
+
+    def _check(self, submission: Submission) -> RunnerInfo:
+        request, info = submission.request, self.info
+        name = f"replica {self.replica_id} of deployment {self.spec.name!r}"
+        if self.state is CoreState.DRAINING:
+            raise Draining(f"{name} is draining; send the request to another replica")
+        if self.state is CoreState.FAILED:
+            raise NoReplica(f"{name} failed: {self.reason}")
+        if info is None:
+            raise NoReplica(f"{name} is still loading; try again shortly", retry_after_s=1.0)
+        if submission.revision and submission.revision != self.revision:
+            raise Draining(
+                f"{name} has revision {self.revision}; the request asks for {submission.revision}, and only replicas of one "
+                "revision continue each other's answers",
+                revision=self.revision,
+            )
+        check_supported(info, request, submission.prefix)
+        if request.sampling.n > 1:
+            raise Unsupported("engines produce one choice per request; set n to 1", feature="n", runtime=info.runtime, param="n")
+        limit = self.max_concurrent
+        if self.spec.serving.on_capacity_exhausted == "queue":
+            limit += self.spec.serving.queue_capacity
+        if len(self._streams) >= limit:
+            raise Backpressure(
+                f"{name} runs {self.running} requests and {self.queued} wait; it takes no more; try another replica, or later",
+                retry_after_s=1.0,
+            )
+        return info
+
+    def _prepare(self, submission: Submission, info: RunnerInfo) -> tuple[Sequence[int], SamplingParams]:
+        """Tokenise and fit into the context. Thread-safe: called here, or in a tokeniser thread."""
+        assert self._codec is not None
+        tokens = encode_prompt(self._codec, submission.request.prompt)
+        return tokens, fit_context(info, len(tokens), submission.request.sampling)
+
+    def _tokenise(self, stream: Stream, info: RunnerInfo) -> None:
+        loop = asyncio.get_running_loop()
+
+        def done(future: Future[tuple[Sequence[int], SamplingParams]]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._tokenised, stream, future)
+
+        self._tokenisers.submit(self._prepare, stream.submission, info).add_done_callback(done)
+
+    def _tokenised(self, stream: Stream, future: Future[tuple[Sequence[int], SamplingParams]]) -> None:
+        if stream.ended or future.cancelled():
+            return
+        err = future.exception()
+        if err is None:
+            self._enqueue(stream, *future.result())
+        elif isinstance(err, InferenceError):
+            stream.fail(err)
+        else:
+            log.error("tokenising failed", replica=self.replica_id, request_id=stream.submission.request.request_id, exc_info=err)
+            stream.fail(BadRequest("the prompt cannot be tokenised", param="messages"))
+
+    def _enqueue(self, stream: Stream, tokens: Sequence[int], sampling: SamplingParams) -> None:
+        submission = stream.submission
+        assert self._codec is not None
+        stream.choice = ChoiceAssembler(self._codec, stop=sampling.stop, prompt_tokens=len(tokens), prefix=submission.prefix)
+        if stream.choice.stopped or len(submission.prefix) >= sampling.max_tokens:  # the prefix is the whole answer
+            stream.deliver(stream.choice.end(FinishReason.STOP if stream.choice.stopped else FinishReason.LENGTH))
+            return
+        salt = submission.request.tenant
+        stream.flight = Flight(stream.number, tokens, sampling, stream, list(submission.prefix), salt)
+        heapq.heappush(self._queue, (-submission.request.priority, stream.number, stream))
+        self._pump()
+
+    def _pump(self) -> None:
+        """Give free places to whoever waits longest within the highest priority."""
+        while self._queue and self._worker.ready and len(self._running) < self.max_concurrent:
+            stream = heapq.heappop(self._queue)[2]
+            if not stream.ended:
+                assert stream.flight is not None
+                self._running.add(stream)
+                self._metrics.queue_s.observe(time.monotonic() - stream.admitted_s, self.spec.name)
+                self._worker.launch(stream.flight)
+
+    def end(self, stream: Stream, err: InferenceError | None) -> None:
+        """Take a stream out: its place is free, its sequence gone before the next step. Idempotent. Delivers nothing."""
+        if self._streams.pop(stream.number, None) is None:
+            return
+        stream.ended = True
+        stream.stop_clocks()
+        self._running.discard(stream)
+        if stream.flight is not None and self._worker.abort(stream.flight) and isinstance(err, RequestCancelled):
+            self._aborting[stream.number] = time.monotonic()
+        self._record(stream, err)
+        self._pump()
+        if not self._streams:
+            self._idle.set()
+
+    def _record(self, stream: Stream, err: InferenceError | None) -> None:
+        request = stream.submission.request
+        if err is not None and not isinstance(err, RequestCancelled):
+            log.debug("request failed", request_id=request.request_id, replica=self.replica_id, reason=err.reason)
+        if self._metrics.telemetry.tracer is not None:
+            self._metrics.telemetry.record_span(
+                "engine.request",
+                traceparent=stream.submission.traceparent,
+                start_ns=stream.admitted_ns,
+                end_ns=time.time_ns(),
+                attributes={
+                    "inference.request_id": request.request_id,
+                    "inference.replica_id": self.replica_id,
+                    "gen_ai.request.model": self.spec.name,
+                    "gen_ai.usage.output_tokens": stream.index,
+                },
+                error=err.reason if err is not None else "",
+            )
+
+    # --- WorkerListener ----------------------------------------------------------------------------------------------
+
+    def on_ready(self, info: RunnerInfo) -> None:
+        """A context works."""
+        self.info = info
+        if self.state is CoreState.DRAINING:
+            self._on_change(self)
+        else:
+            self._set_state(CoreState.SERVING, "")
+        self._pump()
+
+    def on_down(self, err: Exception) -> None:
+        """The context died; another one is coming."""
+        self._aborting.clear()
+        cause = err.reason.lower() if isinstance(err, InferenceError) else type(err).__name__.lower().lstrip("_")
+        self._metrics.restarts.inc(self.spec.name, cause)
+        if self.state is CoreState.DRAINING:
+            self._on_change(self)
+        else:
+            self._set_state(CoreState.RESTARTING, str(err))
+
+    def on_report(self, report: StepReport) -> None:
+        """A step is over."""
+        if report.outputs:
+            self._metrics.step_s.observe(report.duration_s, self.spec.name)
+        for sequence_id in report.aborted:
+            asked_at = self._aborting.pop(sequence_id, None)
+            if asked_at is not None:
+                self._metrics.cancel_s.observe(time.monotonic() - asked_at, self.spec.name)
+
+
+def _prompt_chars(submission: Submission) -> int:
+    """Size of what would have to be tokenised."""
+    prompt = submission.request.prompt
+    if isinstance(prompt, ChatPrompt):
+        return sum(len(p.text) for m in prompt.messages for p in m.content if isinstance(p, TextPart))
+    return len(prompt.text) if isinstance(prompt, TextPrompt) else 0

@@ -1,0 +1,271 @@
+"""The replicas of this engine: started and stopped as assigned, found for each submission."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from inference_runtime.deployment import infer_runtime
+from inference_runtime.errors import Draining, InferenceError, NoReplica
+from inference_runtime.runner import load_runtime
+from inference_runtime.settings import environment
+from inference_runtime.telemetry import Telemetry, get_logger
+from inference_runtime.v1 import common_pb2, engine_service_pb2
+from inference_runtime.wire import capabilities_to_proto, spec_from_proto
+from services.engine.core import CoreMetrics, CoreState, EngineCore, Outlet, Stream
+from services.engine.submission import submission_from_proto
+
+__all__ = ["Replicas"]
+
+log = get_logger(__name__)
+
+_STATES = {
+    CoreState.LOADING: common_pb2.REPLICA_STATE_LOADING,
+    CoreState.SERVING: common_pb2.REPLICA_STATE_SERVING,
+    CoreState.RESTARTING: common_pb2.REPLICA_STATE_RESTARTING,
+    CoreState.DRAINING: common_pb2.REPLICA_STATE_DRAINING,
+    CoreState.FAILED: common_pb2.REPLICA_STATE_FAILED,
+}
+
+
+@dataclass(slots=True)
+class _Hosted:
+    """One assignment and what became of it. `core` is None when it could not even begin; `fault` then says why."""
+
+    assignment: common_pb2.Assignment
+    core: EngineCore | None = None
+    fault: str = ""
+    task: asyncio.Task[None] | None = None
+
+
+class Replicas:
+    """Hosts replicas. `run` owns their tasks; everything else is called on the same event loop.
+
+    Args:
+        engine: This engine's record. Its address is set before the first assignment.
+        drain_timeout_s: Time that running requests of a stopped replica get.
+        tokenise_threads: Threads that tokenise long prompts, for all replicas together.
+        telemetry: Where metrics go.
+        publish: Called with a replica whenever its record changed.
+        withdraw: Called with deployment and id once a replica is gone.
+    """
+
+    def __init__(
+        self,
+        engine: common_pb2.Engine,
+        *,
+        drain_timeout_s: float,
+        tokenise_threads: int,
+        telemetry: Telemetry,
+        publish: Callable[[common_pb2.Replica], None],
+        withdraw: Callable[[str, str], None],
+    ) -> None:
+        self.engine = engine
+        self.draining = False
+        self._drain_timeout_s = drain_timeout_s
+        self._publish, self._withdraw = publish, withdraw
+        self._metrics = CoreMetrics(telemetry)
+        self._tokenisers = ThreadPoolExecutor(tokenise_threads, thread_name_prefix="tokenise")
+        self._hosted: dict[str, _Hosted] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._changed = asyncio.Event()  # set and replaced at each change of a core
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Host until cancelled. On cancel: every context is closed, requests that still run are cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                await asyncio.Event().wait()
+        finally:
+            self._group = None
+            self._tokenisers.shutdown(wait=False, cancel_futures=True)
+
+    def assign(self, assignment: common_pb2.Assignment) -> None:
+        """Host a replica as assigned. The same revision again takes over its bounds; another one replaces the replica."""
+        if self.draining:
+            log.info("assignment ignored: the engine drains", replica=assignment.replica_id)
+            return
+        known = self._hosted.get(assignment.replica_id)
+        if known is None:
+            self._start(assignment)
+        elif known.assignment.revision == assignment.revision and known.core is not None:
+            known.assignment = assignment
+            known.core.reconfigure(spec_from_proto(assignment.spec))
+            self._publish(self._record(known))
+        elif known.assignment != assignment:
+            self._stop(known, then=assignment)
+
+    def unassign(self, replica_id: str) -> None:
+        """Drain a replica, then stop it. Unknown ones are ignored."""
+        hosted = self._hosted.get(replica_id)
+        if hosted is not None:
+            self._stop(hosted, then=None)
+
+    def assigned(self) -> dict[str, common_pb2.Assignment]:
+        """What is hosted, by replica."""
+        return {replica_id: hosted.assignment for replica_id, hosted in self._hosted.items()}
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait until what runs has ended, within the drain time-out."""
+        self.draining = True
+        cores = [h.core for h in self._hosted.values() if h.core is not None]
+        for core in cores:
+            core.start_draining()
+        await asyncio.gather(*(core.drained(self._drain_timeout_s) for core in cores))
+
+    def _start(self, assignment: common_pb2.Assignment) -> None:
+        hosted = self._hosted[assignment.replica_id] = _Hosted(assignment)
+        assert self._group is not None, "run() comes first"
+        try:
+            spec = spec_from_proto(assignment.spec)
+            hosted.core = EngineCore(
+                assignment.replica_id,
+                spec,
+                assignment.revision,
+                load_runtime(infer_runtime(spec, environment(), [])),
+                accelerators=tuple(assignment.accelerators),
+                tokenisers=self._tokenisers,
+                metrics=self._metrics,
+                on_change=lambda core: self._note(hosted),
+            )
+        except InferenceError as err:
+            hosted.fault = err.message
+            log.error("replica cannot start", replica=assignment.replica_id, deployment=assignment.deployment, reason=err.message)
+            self._publish(self._record(hosted))
+            return
+        log.info("replica starts", replica=assignment.replica_id, deployment=assignment.deployment, revision=assignment.revision)
+        self._publish(self._record(hosted))
+        hosted.task = self._group.create_task(hosted.core.run(), name=f"replica-{assignment.replica_id}")
+
+    def _stop(self, hosted: _Hosted, then: common_pb2.Assignment | None) -> None:
+        if hosted.core is not None and hosted.core.state is CoreState.DRAINING:
+            if then is not None:
+                log.info("assignment waits for the old replica to drain", replica=then.replica_id)
+            hosted.assignment = then or hosted.assignment
+            return
+        if hosted.core is not None:
+            hosted.core.start_draining()
+        assert self._group is not None, "run() comes first"
+        self._group.create_task(self._end(hosted, then), name=f"stop-{hosted.assignment.replica_id}")
+
+    async def _end(self, hosted: _Hosted, then: common_pb2.Assignment | None) -> None:
+        before = hosted.assignment
+        if hosted.core is not None:
+            await hosted.core.drained(self._drain_timeout_s)
+        if hosted.task is not None:
+            hosted.task.cancel()
+            await asyncio.wait([hosted.task])
+        replica_id = before.replica_id
+        del self._hosted[replica_id]
+        log.info("replica stopped", replica=replica_id, deployment=before.deployment)
+        self._withdraw(before.deployment, replica_id)
+        if hosted.assignment is not before:
+            then = hosted.assignment
+        if then is not None and not self.draining:
+            self._start(then)
+
+    def _note(self, hosted: _Hosted) -> None:
+        """A core changed: publish it, and wake whoever waits for a state."""
+        self._publish(self._record(hosted))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, proto: engine_service_pb2.Submission, outlet: Outlet) -> Stream:
+        """Admit a generation on the replica it names, or on the least busy one of its deployment.
+
+        Raises:
+            InferenceError: A typed refusal: see EngineCore.submit.
+        """
+        if self.draining:
+            raise Draining("the engine is shutting down; send the request to another one")
+        return self._find(proto).submit(submission_from_proto(proto), outlet)
+
+    def _find(self, proto: engine_service_pb2.Submission) -> EngineCore:
+        deployment = proto.request.deployment
+        if proto.replica_id:
+            hosted = self._hosted.get(proto.replica_id)
+            if hosted is not None and hosted.core is not None and hosted.assignment.deployment == deployment:
+                return hosted.core
+            raise NoReplica(f"this engine does not host replica {proto.replica_id!r} of deployment {deployment!r}")
+        cores = [h.core for h in self._hosted.values() if h.core is not None and h.assignment.deployment == deployment]
+        serving = [c for c in cores if c.state is CoreState.SERVING] or cores
+        if not serving:
+            raise NoReplica(f"this engine hosts no replica of deployment {deployment!r}")
+        return min(serving, key=lambda core: core.running + core.queued)
+
+    async def rebuild(self, replica_id: str) -> int:
+        """Replace a replica's context, and wait until the new one serves. Returns its generation.
+
+        Raises:
+            NoReplica: It is not hosted here, or failed meanwhile.
+        """
+        hosted = self._hosted.get(replica_id)
+        core = hosted.core if hosted is not None else None
+        if core is None or core.state not in (CoreState.SERVING, CoreState.RESTARTING):
+            raise NoReplica(f"replica {replica_id!r} does not serve on this engine")
+        before = core.context_generation if core.state is CoreState.SERVING else core.context_generation - 1
+        core.rebuild()
+        while core.state is CoreState.RESTARTING or (core.state is CoreState.SERVING and core.context_generation <= before):
+            await self._changed.wait()
+        if core.state is not CoreState.SERVING:
+            raise NoReplica(f"replica {replica_id!r} could not be rebuilt: {core.reason or 'it drains'}")
+        return core.context_generation
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[common_pb2.Replica]:
+        """The record of each replica."""
+        return [self._record(hosted) for hosted in self._hosted.values()]
+
+    def loads(self) -> list[common_pb2.ReplicaLoad]:
+        """How busy each replica is. Also sets the gauges."""
+        loads = []
+        for replica_id, hosted in self._hosted.items():
+            core = hosted.core
+            if core is None:
+                continue
+            name = core.spec.name
+            self._metrics.running.set(core.running, name, replica_id)
+            self._metrics.queued.set(core.queued, name, replica_id)
+            self._metrics.kv_use.set(core.kv_use, name, replica_id)
+            loads.append(
+                common_pb2.ReplicaLoad(
+                    replica_id=replica_id,
+                    running=core.running,
+                    queued=core.queued,
+                    pending_tokens=core.pending_tokens(),
+                    kv_use=core.kv_use,
+                )
+            )
+        return loads
+
+    def _record(self, hosted: _Hosted) -> common_pb2.Replica:
+        assignment, core = hosted.assignment, hosted.core
+        record = common_pb2.Replica(
+            id=assignment.replica_id,
+            deployment=assignment.deployment,
+            engine_id=self.engine.id,
+            address=self.engine.address,
+            generation=assignment.generation,
+            revision=assignment.revision,
+            state=common_pb2.REPLICA_STATE_FAILED,
+            reason=hosted.fault,
+        )
+        if core is not None:
+            record.state = _STATES[core.state]
+            record.reason = core.reason
+            record.revision = core.revision
+            record.runtime = core.runtime.name
+            record.max_concurrent = core.max_concurrent
+            record.queue_capacity = core.spec.serving.queue_capacity
+            record.restarts = core.restarts
+            if core.info is not None:
+                record.capabilities.CopyFrom(capabilities_to_proto(core.info.capabilities))
+                record.max_context_tokens = core.info.max_context_tokens
+        return record

@@ -1,0 +1,129 @@
+"""EngineService: translates between the wire and the engine, and delegates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from inference_runtime.errors import InferenceError
+from inference_runtime.generation import TokenChunk
+from inference_runtime.rpc import remaining_s
+from inference_runtime.telemetry import Gauge
+from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
+from services.engine.core import Stream
+from services.engine.replicas import Replicas
+from services.engine.session import Session, chunk_detail
+
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[object, object]
+
+__all__ = ["EngineService"]
+
+
+class _Pipe:
+    """An Outlet that one reader drains. Bounded by the answer's own length."""
+
+    def __init__(self) -> None:
+        self._items: deque[TokenChunk | InferenceError] = deque()
+        self._wake = asyncio.Event()
+
+    def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
+        """Keep a chunk for the reader."""
+        self._items.append(chunk)
+        self._wake.set()
+
+    def error(self, stream: Stream, err: InferenceError) -> None:
+        """Keep the error for the reader."""
+        self._items.append(err)
+        self._wake.set()
+
+    async def next(self) -> TokenChunk:
+        """The next chunk. Raises the error that ended the stream."""
+        while not self._items:
+            self._wake.clear()
+            await self._wake.wait()
+        item = self._items.popleft()
+        if isinstance(item, InferenceError):
+            raise item
+        return item
+
+
+class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
+    """The servicer.
+
+    Args:
+        replicas: What the engine hosts.
+        session_buffer_chunks: Chunks that may wait for the reader of one session.
+        sessions: Gauge of open sessions.
+    """
+
+    def __init__(self, replicas: Replicas, session_buffer_chunks: int, sessions: Gauge) -> None:
+        self._replicas, self._buffer = replicas, session_buffer_chunks
+        self._sessions: set[Session] = set()
+        self._gauge = sessions
+
+    async def Execute(
+        self, request: engine_service_pb2.ExecuteRequest, context: Context
+    ) -> AsyncIterator[engine_service_pb2.ExecuteResponse]:
+        """Run one generation."""
+        submission = engine_service_pb2.Submission()
+        submission.CopyFrom(request.submission)
+        submission.credits = 0  # there is no way to grant more within a call
+        left_s = remaining_s(context)
+        if left_s is not None and not submission.HasField("time_left"):
+            submission.time_left.FromNanoseconds(int(left_s * 1e9))
+        pipe = _Pipe()
+        stream = self._replicas.submit(submission, pipe)
+        try:
+            finished = False
+            while not finished:
+                chunk = await pipe.next()
+                finished = chunk.finish_reason is not None
+                response = engine_service_pb2.ExecuteResponse(
+                    epoch=submission.epoch,
+                    choice=chunk.choice,
+                    index=chunk.index,
+                    token_ids=chunk.token_ids,
+                    text=chunk.text,
+                    context_generation=stream.context_generation,
+                )
+                if finished or chunk.logprobs:
+                    response.detail.CopyFrom(chunk_detail(chunk, 0))
+                yield response
+        finally:
+            stream.cancel()
+
+    async def Session(self, request_iterator: object, context: Context) -> None:
+        """Carry many generations."""
+        session = Session(self._replicas, self._buffer)
+        self._sessions.add(session)
+        self._gauge.set(len(self._sessions))
+        try:
+            await session.run(context.read, context.write)
+        finally:
+            self._sessions.discard(session)
+            self._gauge.set(len(self._sessions))
+
+    async def GetEngine(
+        self, request: engine_service_pb2.GetEngineRequest, context: object
+    ) -> engine_service_pb2.GetEngineResponse:
+        """Describe the engine."""
+        return engine_service_pb2.GetEngineResponse(
+            engine=self._replicas.engine, replicas=self._replicas.describe(), loads=self._replicas.loads()
+        )
+
+    async def RebuildReplica(
+        self, request: engine_service_pb2.RebuildReplicaRequest, context: object
+    ) -> engine_service_pb2.RebuildReplicaResponse:
+        """Replace a replica's context, and answer once the new one serves."""
+        generation = await self._replicas.rebuild(request.replica_id)
+        return engine_service_pb2.RebuildReplicaResponse(context_generation=generation)
+
+    def notify_draining(self) -> None:
+        """Tell every session that the engine drains."""
+        for session in self._sessions:
+            session.notify_draining()

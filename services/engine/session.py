@@ -1,0 +1,280 @@
+"""One gateway's session: many generations over one stream, and one message for each step that carries the chunks of all of them.
+
+Chunks go into columns as they are made. While a message is being written, whatever is made meanwhile piles up and leaves as the
+next message, so a slow link costs fewer, larger messages and never delays a step. What may pile up is bounded: a session whose
+reader stalls beyond the bound is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from inference_runtime.errors import Backpressure, BadRequest, InferenceError
+from inference_runtime.generation import TokenChunk
+from inference_runtime.rpc import status_from_error
+from inference_runtime.telemetry import get_logger
+from inference_runtime.v1 import common_pb2, engine_service_pb2
+from inference_runtime.wire import logprob_to_proto, usage_to_proto
+from services.engine.core import Outlet, Stream
+
+__all__ = ["PROTOCOL_VERSION", "Session", "SessionHost", "chunk_detail", "error_detail"]
+
+log = get_logger(__name__)
+
+#: Version of the session contract that this engine speaks.
+PROTOCOL_VERSION = 1
+#: Rows of one message at most. Keeps a message that follows a pause far below the size limit.
+MAX_ROWS = 4096
+
+
+class SessionHost(Protocol):
+    """The engine behind a session."""
+
+    engine: common_pb2.Engine
+    draining: bool
+
+    def submit(self, proto: engine_service_pb2.Submission, outlet: Outlet) -> Stream:
+        """Admit a generation or raise a typed refusal."""
+        ...
+
+
+def chunk_detail(chunk: TokenChunk, row: int) -> engine_service_pb2.ChunkDetail:
+    """What this chunk has besides tokens and text."""
+    detail = engine_service_pb2.ChunkDetail(row=row)
+    if chunk.finish_reason is not None:
+        detail.finish_reason = chunk.finish_reason.value  # type: ignore[assignment]
+        detail.stop_sequence = chunk.stop_sequence
+    if chunk.usage is not None:
+        detail.usage.CopyFrom(usage_to_proto(chunk.usage))
+    if chunk.logprobs:
+        detail.logprobs.extend(logprob_to_proto(p) for p in chunk.logprobs)
+    return detail
+
+
+def error_detail(err: InferenceError, row: int) -> engine_service_pb2.ChunkDetail:
+    """The end of a stream by an error."""
+    return engine_service_pb2.ChunkDetail(row=row, error=status_from_error(err))
+
+
+class _Columns:
+    """Rows of one message in the making."""
+
+    __slots__ = ("choices", "counts", "details", "epochs", "indexes", "stream_ids", "texts", "token_ids")
+
+    def __init__(self) -> None:
+        self.stream_ids: list[int] = []
+        self.epochs: list[int] = []
+        self.choices: list[int] = []
+        self.indexes: list[int] = []
+        self.counts: list[int] = []
+        self.token_ids: list[int] = []
+        self.texts: list[str] = []
+        self.details: list[engine_service_pb2.ChunkDetail] = []
+
+    def frame(self) -> engine_service_pb2.SessionResponse:
+        """The message. Columns that hold nothing but their default stay empty."""
+        response = engine_service_pb2.SessionResponse()
+        frame = response.frame
+        frame.stream_ids.extend(self.stream_ids)
+        frame.indexes.extend(self.indexes)
+        frame.token_ids.extend(self.token_ids)
+        if any(self.texts):
+            frame.texts.extend(self.texts)
+        if self.counts.count(1) != len(self.counts):
+            frame.token_counts.extend(self.counts)
+        if any(self.epochs):
+            frame.epochs.extend(self.epochs)
+        if any(self.choices):
+            frame.choices.extend(self.choices)
+        if self.details:
+            frame.details.extend(self.details)
+        return response
+
+
+class Session:
+    """One session, from hello to the end of its stream. An Outlet for all its generations.
+
+    Args:
+        host: The engine.
+        max_waiting: Chunks that may wait for the reader.
+    """
+
+    def __init__(self, host: SessionHost, max_waiting: int) -> None:
+        self._host, self._max_waiting = host, max_waiting
+        self._streams: dict[int, Stream] = {}
+        self._first: deque[engine_service_pb2.SessionResponse] = deque()  # messages that go before all chunks
+        self._full: deque[_Columns] = deque()
+        self._columns = _Columns()
+        self._wake = asyncio.Event()
+        self._overrun = asyncio.Event()
+        self.gateway_id = ""
+
+    @property
+    def waiting(self) -> int:
+        """Chunks that wait for the reader."""
+        return len(self._full) * MAX_ROWS + len(self._columns.stream_ids)
+
+    async def run(
+        self,
+        read: Callable[[], Awaitable[object]],
+        write: Callable[[engine_service_pb2.SessionResponse], Awaitable[None]],
+    ) -> None:
+        """Serve until the peer ends the stream.
+
+        Args:
+            read: Gives the next message; anything else than a SessionRequest is the end.
+            write: Sends a message; waits while the peer does not read.
+
+        Raises:
+            BadRequest: The first message has no hello.
+            Backpressure: The peer did not read for too long.
+
+        On cancel, and at any other end: everything submitted is cancelled.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                writer = group.create_task(self._write(write))
+                watchdog = group.create_task(self._watch_overrun())
+                await self._read(read)
+                writer.cancel()
+                watchdog.cancel()
+        except BaseExceptionGroup as group_of_errors:
+            known = group_of_errors.subgroup(InferenceError)
+            if known is None:
+                raise
+            raise known.exceptions[0] from None
+        finally:
+            streams = list(self._streams.values())
+            self._streams.clear()
+            for stream in streams:
+                stream.cancel()
+            if streams:
+                log.info("session ended with running requests", gateway=self.gateway_id, cancelled=len(streams))
+
+    def notify_draining(self) -> None:
+        """Tell the peer to submit nothing more."""
+        self._first.append(engine_service_pb2.SessionResponse(draining=True))
+        self._wake.set()
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def _read(self, read: Callable[[], Awaitable[object]]) -> None:
+        message = await read()
+        if not isinstance(message, engine_service_pb2.SessionRequest):
+            return
+        if not message.HasField("hello"):
+            raise BadRequest("the first message of a session must carry a hello", param="hello")
+        self.gateway_id = message.hello.gateway_id
+        welcome = engine_service_pb2.SessionWelcome(
+            engine_id=self._host.engine.id, boot_id=self._host.engine.boot_id, protocol_version=PROTOCOL_VERSION
+        )
+        self._first.append(engine_service_pb2.SessionResponse(welcome=welcome, draining=self._host.draining))
+        self._wake.set()
+        while isinstance(message, engine_service_pb2.SessionRequest):
+            self._handle(message)
+            message = await read()
+
+    def _handle(self, message: engine_service_pb2.SessionRequest) -> None:
+        for submission in message.submissions:
+            self._submit(submission)
+        for cancellation in message.cancellations:
+            stream = self._streams.get(cancellation.stream_id)
+            if stream is not None and stream.submission.epoch == cancellation.epoch:
+                del self._streams[cancellation.stream_id]
+                stream.cancel()
+        for grant in message.credits:
+            stream = self._streams.get(grant.stream_id)
+            if stream is not None:
+                stream.grant(grant.tokens)
+
+    def _submit(self, proto: engine_service_pb2.Submission) -> None:
+        stream_id = proto.stream_id
+        try:
+            if stream_id in self._streams:
+                raise BadRequest(f"stream_id {stream_id} is in use in this session", param="stream_id")
+            stream = self._host.submit(proto, self)
+        except InferenceError as err:
+            prefix = len(proto.generated_prefix[0].token_ids) if proto.generated_prefix else 0
+            self._row(stream_id, proto.epoch, 0, prefix, (), "", error_detail(err, len(self._columns.stream_ids)))
+            return
+        if not stream.ended:  # an answer that its prefix already holds is over before this line
+            self._streams[stream_id] = stream
+
+    # --- Outlet ------------------------------------------------------------------------------------------------------
+
+    def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
+        """Put a chunk into the columns."""
+        submission = stream.submission
+        columns = self._columns
+        columns.stream_ids.append(submission.stream_id)
+        columns.epochs.append(submission.epoch)
+        columns.choices.append(chunk.choice)
+        columns.indexes.append(chunk.index)
+        columns.counts.append(len(chunk.token_ids))
+        columns.token_ids += chunk.token_ids
+        columns.texts.append(chunk.text)
+        if chunk.finish_reason is not None or chunk.logprobs:
+            columns.details.append(chunk_detail(chunk, len(columns.stream_ids) - 1))
+            if chunk.finish_reason is not None:
+                self._streams.pop(submission.stream_id, None)
+        self._added()
+
+    def error(self, stream: Stream, err: InferenceError) -> None:
+        """Put the end of a generation by an error into the columns."""
+        submission = stream.submission
+        self._streams.pop(submission.stream_id, None)
+        self._row(
+            submission.stream_id, submission.epoch, 0, stream.index, (), "", error_detail(err, len(self._columns.stream_ids))
+        )
+
+    def _row(
+        self,
+        stream_id: int,
+        epoch: int,
+        choice: int,
+        index: int,
+        token_ids: tuple[int, ...],
+        text: str,
+        detail: engine_service_pb2.ChunkDetail,
+    ) -> None:
+        columns = self._columns
+        columns.stream_ids.append(stream_id)
+        columns.epochs.append(epoch)
+        columns.choices.append(choice)
+        columns.indexes.append(index)
+        columns.counts.append(len(token_ids))
+        columns.token_ids += token_ids
+        columns.texts.append(text)
+        columns.details.append(detail)
+        self._added()
+
+    def _added(self) -> None:
+        if len(self._columns.stream_ids) >= MAX_ROWS:
+            self._full.append(self._columns)
+            self._columns = _Columns()
+        if not self._wake.is_set():
+            self._wake.set()
+        elif self.waiting > self._max_waiting:
+            self._overrun.set()
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    async def _write(self, write: Callable[[engine_service_pb2.SessionResponse], Awaitable[None]]) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._first:
+                await write(self._first.popleft())
+            while self._full:
+                await write(self._full.popleft().frame())
+            if self._columns.stream_ids:
+                columns, self._columns = self._columns, _Columns()
+                await write(columns.frame())
+
+    async def _watch_overrun(self) -> None:
+        await self._overrun.wait()
+        log.warning("session ended: its reader stalls", gateway=self.gateway_id, waiting=self.waiting)
+        raise Backpressure(f"the gateway did not read its session: {self.waiting} chunks waited; open a new one")
