@@ -223,8 +223,13 @@ class LocalCluster:
                     await client.revoke(lease_id)
         self.start()
 
-    async def connect(self, stack: contextlib.AsyncExitStack, timeout_s: float) -> EtcdClient:
+    async def connect(self, stack: contextlib.AsyncExitStack, timeout_s: float, *, watch: bool = True) -> EtcdClient:
         """A client of this cluster's etcd, once it answers; closed by `stack`.
+
+        Args:
+            stack: Closes the client.
+            timeout_s: Seconds that etcd gets.
+            watch: Raise as soon as any process has ended.
 
         Raises:
             ServerError: It does not answer in time, or its process ended.
@@ -235,7 +240,8 @@ class LocalCluster:
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    self.raise_if_ended()
+                    if watch:
+                        self.raise_if_ended()
                     try:
                         await client.connect()
                         return client
