@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from inference_runtime.errors import RuntimeNotInstalled
+from inference_runtime.errors import BadRequest, RuntimeNotInstalled
 from inference_runtime.runner import Codec, RunnerConfig, StepRunner
 from inference_runtime.runners.torch_lm.checkpoint import find_checkpoint
 from inference_runtime.runners.torch_lm.config import read_model_config
@@ -37,6 +37,8 @@ class TorchRuntime:
     def validate(self, config: RunnerConfig) -> None:
         """Refuse options, a checkpoint or an architecture that cannot work. Reads JSON and headers, no tensor."""
         options = parse_options(config.options)
+        if len(config.accelerators) > 1:
+            raise BadRequest("runtime 'torch' runs a model on one device; give it one accelerator", param="accelerators")
         checkpoint = find_checkpoint(config.model, options.revision)
         read_model_config(checkpoint)
         checkpoint.generation_defaults()

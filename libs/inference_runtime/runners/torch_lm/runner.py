@@ -48,8 +48,6 @@ class TorchRunner:
         """Parse the options; nothing is loaded. Raises BadRequest."""
         self._config = config
         self._options: Options = parse_options(config.options)
-        if len(config.accelerators) > 1:
-            raise BadRequest("runtime 'torch' runs a model on one device; give it one accelerator", param="accelerators")
         self._device = torch.device("cuda", config.accelerators[0]) if config.accelerators else torch.device("cpu")
         self._sequences: dict[int, SequenceState] = {}
         self._ended: list[StepOutput] = []  # sequences whose prefix was already complete
@@ -133,18 +131,17 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Advance all sequences by one step. Errors of the device come out as they are: they concern the whole context."""
-        outputs, self._ended = self._ended, []
         chunks = self._scheduler.schedule()
         if not chunks:
-            return outputs
+            return self._take_ended()
         batch, drawing = make_batch(chunks, self._cache, self._dtype, self._device)
         logits = self._loaded.forward(batch, self._cache)
         raw = logits.clone() if any(c.sequence.drawing.top_logprobs is not None for c in drawing) else logits
         tokens = draw_tokens(logits, [c.sequence for c in drawing])
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
-        outputs += [self._output(chunk, token, raw[row]) for row, (chunk, token) in enumerate(zip(drawing, tokens, strict=True))]
-        return outputs
+        drawn = [self._output(chunk, token, raw[row]) for row, (chunk, token) in enumerate(zip(drawing, tokens, strict=True))]
+        return self._take_ended() + drawn
 
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
@@ -168,6 +165,10 @@ class TorchRunner:
     def _loaded(self) -> LlamaModel:
         assert self._model is not None, "the runner is not loaded"
         return self._model
+
+    def _take_ended(self) -> list[StepOutput]:
+        outputs, self._ended = self._ended, []
+        return outputs
 
     def _output(self, chunk: Chunk, token: int | None, raw: torch.Tensor) -> StepOutput:
         """Post-process one drawn token; `raw` are its unadjusted logits [vocabulary]."""
