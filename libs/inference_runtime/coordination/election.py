@@ -14,13 +14,13 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from inference_runtime.coordination import keys
-from inference_runtime.coordination.clock import Backoff
-from inference_runtime.coordination.errors import EtcdError, EtcdOutcomeUnknown
+from inference_runtime.coordination.clock import Backoff, boottime
+from inference_runtime.coordination.errors import EtcdError, EtcdOutcomeUnknown, EtcdUnavailable, LeaseLost
 from inference_runtime.coordination.etcd import EtcdClient
 from inference_runtime.coordination.fencing import FencingToken, LeaderInfo, oldest
 from inference_runtime.coordination.kv import Compare, KeyValue, Op, TxnResult
@@ -33,6 +33,8 @@ from inference_runtime.v1 import common_pb2
 __all__ = ["Candidate", "Election", "LeaderObserver", "Term"]
 
 log = logging.getLogger(__name__)
+
+_Coroutine = Coroutine[Any, Any, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +146,21 @@ class Election:
         backoff = Backoff()
         while True:
             lease = Lease(self._client, ttl_s=self._ttl_s)
+            began_at = boottime()
             try:
                 await lease.grant()
                 await self._one_term(lease, lead)
-                backoff.reset()
-            except EtcdError as err:
-                log.debug("campaign interrupted", extra={"role": self._role, "cause": err.message})
+            except* EtcdError as group:
+                self._interrupted(group.exceptions[0])
             finally:
                 await lease.revoke()  # resigns: our key goes with it
+            if boottime() - began_at > self._ttl_s:  # else it fails as soon as it begins; then ever more slowly
+                backoff.reset()
             await asyncio.sleep(backoff.next_s())
+
+    def _interrupted(self, cause: BaseException) -> None:
+        level = logging.DEBUG if isinstance(cause, EtcdUnavailable | LeaseLost) else logging.WARNING
+        log.log(level, "campaign interrupted", extra={"role": self._role, "cause": str(cause)})
 
     async def _one_term(self, lease: Lease, lead: Callable[[Term], Awaitable[None]]) -> None:
         """Campaigns and leads under one lease; returns when the lease or the leadership is lost, or `lead` returned."""
@@ -168,7 +176,7 @@ class Election:
         try:
             term = await self._campaign(lease)
         except EtcdError as err:
-            log.debug("campaign interrupted", extra={"role": self._role, "cause": err.message})
+            self._interrupted(err)
             return
         log.info("elected", extra={"role": self._role, "term": term.token.revision})
         with guarded(self._role, lease):
@@ -194,8 +202,10 @@ class Election:
             candidates, _ = await self._client.list(keys.election_prefix(self._role))
             own = next((kv for kv in candidates if kv.key == self._key), None)
             if own is None or own.create_revision != mine:
-                lease.end()  # somebody deleted our key; stand again with another
+                raise LeaseLost("Somebody deleted the candidate's key; it stands again with another.")
             older = [kv for kv in candidates if kv.create_revision < mine]
+            if not older and not lease.valid():
+                raise LeaseLost("The lease ran out on the way into office.")
             if not older:
                 token = FencingToken(self._role, self._client.cluster_id, mine)
                 return Term(token, self._key, self._candidate, self._client, lease)
@@ -279,8 +289,8 @@ class LeaderObserver:
             await self._changed.wait()
         return self._current
 
-    async def wait(self, timeout_s: float) -> LeaderInfo:
-        """The leader, waiting for one if there is none.
+    async def wait(self, timeout_s: float | None = None) -> LeaderInfo:
+        """The leader, waiting for one if there is none; for ever without a timeout.
 
         Raises:
             NotLeader: Nobody led within `timeout_s`; its address is empty.
@@ -300,15 +310,11 @@ class LeaderObserver:
             self._changed = asyncio.Event()
 
 
-async def _until_lost(lease: Lease, work: Awaitable[None], *beside: Awaitable[None], name: str) -> None:
+async def _until_lost(lease: Lease, work: _Coroutine, *beside: _Coroutine, name: str) -> None:
     """Runs `work`, with `beside` next to it, until `work` ends or the lease is lost; nothing of it runs any more on return."""
-
-    async def _run(awaitable: Awaitable[None]) -> None:
-        await awaitable
-
     async with asyncio.TaskGroup() as group:
-        worker = group.create_task(_run(work), name=name)
-        helpers = [group.create_task(_run(b), name=f"{name}.beside") for b in (lease.lost(), *beside)]
+        worker = group.create_task(work, name=name)
+        helpers = [group.create_task(b, name=f"{name}.beside") for b in (lease.lost(), *beside)]
         try:
             await asyncio.wait([worker, helpers[0]], return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -349,16 +349,26 @@ class EtcdClient:
             if self._channels[index].get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
                 return index, self._channels[index]
         async with asyncio.TaskGroup() as group:
-            tasks = {group.create_task(self._own(c.channel_ready())): i for i, c in enumerate(self._channels)}
+            tasks = {group.create_task(self._ready(c)): i for i, c in enumerate(self._channels)}
             try:
                 done, _ = await asyncio.wait(tasks, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in tasks:
                     task.cancel()
+        if self._closed:
+            raise EtcdUnavailable("The etcd client is closed.")
         if not done:
-            raise EtcdUnavailable(f"{self._where()} within {self._timeout_s:g} s; is etcd running, and are the endpoints right?")
+            hint = "are the endpoints and the TLS files right?" if self._tls else "are the endpoints right?"
+            raise EtcdUnavailable(f"{self._where()} within {self._timeout_s:g} s; is it running, and {hint}")
         index = min((tasks[t] for t in done), key=self._order.index)
         return index, self._channels[index]
+
+    async def _ready(self, channel: grpc.aio.Channel) -> None:
+        """Returns once the channel has a connection, or is closed."""
+        try:
+            await self._own(channel.channel_ready())
+        except EtcdUnavailable:
+            return
 
     def _open_channel(self, address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
         if credentials is None:
@@ -456,9 +466,8 @@ class _Stream:
                 await client._own(call.write(request))
             answer = await client._own(call.read())
             if answer is _EOF:
-                client._raise(
-                    grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), await call.details())
-                )
+                self._failed()
+                raise EtcdUnavailable("etcd ended the stream.")
         except grpc.aio.AioRpcError as err:
             self._failed()
             if client._token_is_stale(err.details()):

@@ -35,8 +35,8 @@ def margin_s(ttl_s: float) -> float:
 class Lease:
     """One lease, from grant to loss. It never comes back; who needs to go on takes another.
 
-    Either `async with Lease(client) as lease:`, which keeps it alive in the background and revokes it at the end, or `grant`, `run`
-    in a task of yours, and `revoke`.
+    Either `async with Lease(client) as lease:`, which keeps it alive in the background and revokes it at the end, or `grant`,
+    `run` in a task of yours, and `revoke`.
 
     It is valid until `valid_until`: TTL − margin after the last successful renewal was *sent*, on a clock that counts suspends. A
     process that stops acting when it ends acts on no lease that etcd gave to another. What is not promised: that a check made

@@ -25,7 +25,8 @@ class Registration:
     """A set of keys under one lease. When the lease is lost it takes another and writes all of them again.
 
     `set` and `remove` say what should be there and never fail for etcd's sake: while etcd is away they are remembered. Nobody
-    else may write these keys. Use `async with Registration(client) as registration:`, or give `run` a task of yours and `close` it.
+    else may write these keys. Use `async with Registration(client) as registration:`, or give `run` a task of yours and call
+    `close`.
     """
 
     def __init__(self, client: EtcdClient, *, ttl_s: float = DEFAULT_TTL_S, jitter_s: float = REREGISTER_JITTER_S) -> None:
@@ -115,11 +116,13 @@ class Registration:
             self._lease = lease
             self._written.clear()
             self._wake()
+            lost = False
             try:
                 await self._hold(lease)
-            except asyncio.CancelledError:
-                await lease.revoke()
-                raise
+                lost = True
+            finally:
+                if not lost:
+                    await lease.revoke()
             # Not revoked: the next lease takes the keys over while the old one, if it lives, runs out empty.
             log.warning("registration lost its lease and registers again", extra={"keys": len(self._wanted)})
             self._settled.clear()
