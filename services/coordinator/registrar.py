@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from inference_runtime.coordination import EtcdClient, KeepAliveStream, LeaseLost, Op, Term, keys
+from inference_runtime.coordination import EtcdClient, LeaseLost, Op, Term, keys
+from inference_runtime.coordination.etcd import KeepAliveStream
 from inference_runtime.errors import BadRequest
 from inference_runtime.telemetry import get_logger
 from inference_runtime.v1 import common_pb2
@@ -62,7 +63,7 @@ class Registrar:
         records |= {keys.replica(r.deployment, r.id): r.SerializeToString() for r in replicas}
         ops = [Op.delete(key) for key in sorted(entry.keys - records.keys())]
         ops += [Op.put(key, value, entry.lease_id) for key, value in records.items()]
-        await self._term.txn(compare=[], success=ops)
+        await self._term.txn(ops)
         entry.keys = set(records)
         log.info("engine registered by call", engine=engine.id, replicas=len(replicas))
         return self._ttl_s

@@ -74,14 +74,19 @@ def _line(
     deployment: deployment_pb2.Deployment, replicas: Iterable[common_pb2.Replica]
 ) -> coordinator_service_pb2.DeploymentRoute:
     timeouts = deployment.spec.timeouts
+    by_id = sorted(replicas, key=_id)
     return coordinator_service_pb2.DeploymentRoute(
         deployment=deployment.spec.name,
-        replicas=sorted(replicas, key=lambda replica: replica.id),
+        replicas=by_id,
         runtime=deployment.runtime,
         generation=deployment.generation,
         first_chunk_timeout=timeouts.first_chunk if timeouts.HasField("first_chunk") else None,
         total_timeout=timeouts.total if timeouts.HasField("total") else None,
     )
+
+
+def _id(replica: common_pb2.Replica) -> str:
+    return replica.id
 
 
 def diff_tables(old: RouteTable, new: RouteTable) -> Change:

@@ -11,7 +11,7 @@ import grpc
 
 from inference_runtime.coordination import EtcdClient, LeaderObserver, Term
 from inference_runtime.errors import DeploymentNotFound, EngineLost, NoReplica, NotLeader
-from inference_runtime.telemetry import get_logger
+from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import coordinator_service_pb2, coordinator_service_pb2_grpc
 from inference_runtime.wire import duration
 from services.coordinator.load import better_of_two
@@ -43,22 +43,28 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         client: etcd.
         observer: Knows who leads.
         settings: Intervals.
+        metrics: Where the table's size is published.
     """
 
-    def __init__(self, client: EtcdClient, observer: LeaderObserver, settings: CoordinatorSettings) -> None:
+    def __init__(self, client: EtcdClient, observer: LeaderObserver, settings: CoordinatorSettings, metrics: MetricSet) -> None:
         self._client, self._observer, self._settings = client, observer, settings
         self._draw = random.Random()
         self._office: _Office | None = None
+        self._leads = metrics.gauge("inference_leader", "role")
+        self._revision = metrics.gauge("inference_route_table_revision")
+        self._replicas = metrics.gauge("inference_replicas", "deployment", "state")
 
     async def lead(self, term: Term) -> None:
         """Answer and push the table until cancelled, which is how a term ends."""
-        table = Table(self._client, self._settings, term.token)
+        table = Table(self._client, self._settings, term.token.to_proto())
         registrar = Registrar(self._client, term, self._settings.registration_ttl_s)
         self._office = _Office(table, registrar)
+        self._leads.set(1, ROLE)
         try:
             await table.run()
         finally:
             self._office = None
+            self._leads.set(0, ROLE)
             registrar.close()
 
     async def Register(

@@ -180,7 +180,7 @@ class Catalog:
         key = keys.deployment(record.spec.name)
         unchanged = Compare.mod_revision(key, "==", stored.mod_revision if stored is not None else 0)
         try:
-            result = await self._term.txn(compare=[unchanged], success=[Op.put(key, record.SerializeToString())])
+            result = await self._term.txn([Op.put(key, record.SerializeToString())], compare=[unchanged])
         except EtcdOutcomeUnknown:
             return False
         return result.succeeded

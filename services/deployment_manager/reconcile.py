@@ -125,7 +125,7 @@ class Reconciler:
                 spec=record.spec,
                 generation=record.generation,
                 revision=record.revision,
-                fencing_token=self._term.token,
+                fencing_token=self._term.token.to_proto(),
                 accelerators=booking.accelerators,
             )
             ops.append(Op.put(keys.assignment(assignment.engine_id, assignment.replica_id), assignment.SerializeToString()))
@@ -140,7 +140,7 @@ class Reconciler:
         unchanged = Compare.mod_revision(keys.deployment(name), "==", self._view.mod_revisions.get(name, 0))
         while True:
             try:
-                return await self._term.txn(compare=[unchanged], success=ops)
+                return await self._term.txn(ops, compare=[unchanged])
             except EtcdOutcomeUnknown as err:
                 log.warning("etcd did not say whether it took a write; asking again", deployment=name, cause=err.message)
                 await asyncio.sleep(RETRY_S)

@@ -11,6 +11,7 @@ import grpc
 from inference_runtime.coordination import EtcdClient, LeaderObserver, Term, keys
 from inference_runtime.errors import BadRequest, NotLeader
 from inference_runtime.settings import environment
+from inference_runtime.telemetry import MetricSet
 from inference_runtime.v1 import (
     common_pb2,
     deployment_manager_service_pb2,
@@ -45,23 +46,29 @@ class DeploymentManagerService(deployment_manager_service_pb2_grpc.DeploymentMan
         client: etcd.
         observer: Knows who leads.
         settings: Periods.
+        metrics: Where leading is published.
     """
 
-    def __init__(self, client: EtcdClient, observer: LeaderObserver, settings: DeploymentManagerSettings) -> None:
+    def __init__(
+        self, client: EtcdClient, observer: LeaderObserver, settings: DeploymentManagerSettings, metrics: MetricSet
+    ) -> None:
         self._client, self._observer, self._settings = client, observer, settings
         self._office: _Office | None = None
+        self._leads = metrics.gauge("inference_leader", "role")
 
     async def lead(self, term: Term) -> None:
         """Answer and reconcile until cancelled, which is how a term ends."""
         view = View(self._client)
         self._office = _Office(Catalog(self._client, term), view)
         reconciler = Reconciler(view, term, self._settings.settle_s, self._settings.engine_gone_s)
+        self._leads.set(1, ROLE)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(view.run())
                 tasks.create_task(reconciler.run())
         finally:
             self._office = None
+            self._leads.set(0, ROLE)
             view.end()
 
     async def ApplyDeployment(

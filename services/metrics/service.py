@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import grpc
 
 from inference_runtime.coordination import LeaderObserver, Term
 from inference_runtime.errors import BadRequest, NotLeader
-from inference_runtime.telemetry import MetricSet, get_logger
+from inference_runtime.telemetry import MetricSet
 from inference_runtime.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from services.metrics.aggregate import Totals
 from services.metrics.ledger import Ledger
+from services.metrics.settings import MetricsSettings
 
 __all__ = ["ROLE", "MetricsService"]
-
-log = get_logger(__name__)
 
 ROLE = "metrics"
 #: Records of one call. A batch is one transaction; a larger one would hold up the calls behind it.
@@ -32,15 +32,14 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
 
     Args:
         observer: Knows who leads.
-        ledger_path: Where the leader keeps its ledger.
-        max_records: Rows it keeps.
+        settings: Where the leader keeps its ledger.
         metrics: Where the counters are published.
     """
 
-    def __init__(self, observer: LeaderObserver, ledger_path: str, max_records: int, metrics: MetricSet) -> None:
-        self._observer = observer
-        self._new_ledger = lambda: Ledger(ledger_path, max_records)
+    def __init__(self, observer: LeaderObserver, settings: MetricsSettings, metrics: MetricSet) -> None:
+        self._observer, self._settings = observer, settings
         self._ledger: Ledger | None = None
+        self._leads = metrics.gauge("inference_leader", "role")
         self._requests = metrics.counter("inference_requests_total", "deployment", "outcome")
         self._tokens_in = metrics.counter("inference_tokens_in_total", "deployment")
         self._tokens_out = metrics.counter("inference_tokens_out_total", "deployment")
@@ -52,15 +51,17 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
         Raises:
             ServerError: The ledger cannot be opened.
         """
-        ledger = self._new_ledger()
+        ledger = Ledger(self._settings.ledger_path(), self._settings.max_records)
         await ledger.open()
         try:
+            self._leads.set(1, ROLE)
             for deployment, totals in (await ledger.totals()).items():
                 self._publish(deployment, totals)
             self._ledger = ledger
-            await term.lost()
+            await asyncio.Event().wait()
         finally:
             self._ledger = None
+            self._leads.set(0, ROLE)
             for counter in (self._requests, self._tokens_in, self._tokens_out, self._cost):
                 counter.values.clear()  # who does not lead does not count, or a sum over both would be double
             await ledger.close()

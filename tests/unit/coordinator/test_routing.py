@@ -39,8 +39,9 @@ def test_a_deployment_nobody_serves_has_a_line_and_no_replica() -> None:
 
 
 def test_only_replicas_that_serve_are_in_the_table() -> None:
-    states = [s for s in common_pb2.ReplicaState.values() if s != SERVING]
-    replicas = [replica(f"r{s}", "a", state=common_pb2.ReplicaState.ValueType(s)) for s in states]
+    replicas = [replica(f"r{s}", "a") for s in common_pb2.ReplicaState.values() if s != SERVING]
+    for other in replicas:
+        other.state = int(other.id[1:])  # type: ignore[assignment]
 
     assert build_table(1, [deployment("a")], replicas, {}).replica_ids() == frozenset()
 
@@ -66,8 +67,9 @@ def test_a_deployment_that_is_deleted_and_one_that_never_was_have_no_line() -> N
 
 
 def test_equal_tables_differ_in_nothing() -> None:
-    make = lambda: build_table(3, [deployment("a")], [replica("r", "a")], {})  # noqa: E731
-    assert not diff_tables(make(), make())
+    one, other = (build_table(3, [deployment("a")], [replica("r", "a")], {}) for _ in range(2))
+
+    assert not diff_tables(one, other)
 
 
 lines = st.dictionaries(

@@ -154,7 +154,8 @@ def test_any_order_of_repeats_gives_the_sums_of_the_first_ones(batches: list[lis
     """B04 as a property: the ledger equals a dictionary that keeps the first record of each id."""
 
     async def run() -> None:
-        ledger, first = Ledger(":memory:", max_records=1000), {}
+        ledger = Ledger(":memory:", max_records=1000)
+        first: dict[tuple[str, int], metrics_service_pb2.UsageRecord] = {}
         await ledger.open()
         try:
             for batch in batches:
