@@ -1,0 +1,1 @@
+"""The gateway: OpenAI's HTTP API and gRPC in front of the engines."""

@@ -1,0 +1,264 @@
+"""Answers in OpenAI's shape: streamed as server-sent events, or whole.
+
+The parts of an event that do not change are put together once for each request; a token then costs one JSON string, one
+concatenation and one write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from inference_runtime.errors import InferenceError
+from inference_runtime.v1 import engine_service_pb2, generation_pb2
+from services.gateway.http.errors import error_body, error_headers
+from services.gateway.http.openai import Asked
+
+if TYPE_CHECKING:
+    from services.gateway.http.server import Connection
+    from services.gateway.request import Request
+
+__all__ = ["CHAT", "COMPLETION", "Shape", "StreamSink", "UnarySink"]
+
+ChunkDetail = engine_service_pb2.ChunkDetail
+
+_encode = msgspec.json.encode
+
+FINISH = {
+    generation_pb2.FINISH_REASON_STOP: b'"stop"',
+    generation_pb2.FINISH_REASON_LENGTH: b'"length"',
+    generation_pb2.FINISH_REASON_TOOL_CALLS: b'"tool_calls"',
+    generation_pb2.FINISH_REASON_CONTENT_FILTER: b'"content_filter"',
+    generation_pb2.FINISH_REASON_BUDGET: b'"length"',
+}
+KEEP_ALIVE = b": waiting\n\n"
+
+
+class Shape:
+    """The bytes in which chat completions and text completions differ."""
+
+    def __init__(
+        self, *, prefix: bytes, unary_object: bytes, event_object: bytes, first: bytes, delta: bytes, end: bytes, empty: bytes,
+        answer: bytes, answer_end: bytes,
+    ) -> None:  # fmt: skip
+        #: Of an id.
+        self.prefix = prefix
+        self.unary_object, self.event_object = unary_object, event_object
+        #: Opening event's choice, if it has one of its own; text before and after a delta; a choice without text.
+        self.first, self.delta, self.end, self.empty = first, delta, end, empty
+        #: Before and after the whole text.
+        self.answer, self.answer_end = answer, answer_end
+
+
+CHAT = Shape(
+    prefix=b"chatcmpl-", unary_object=b"chat.completion", event_object=b"chat.completion.chunk",
+    first=b'"delta":{"role":"assistant","content":"","refusal":null}',
+    delta=b'"delta":{"content":', end=b"}", empty=b'"delta":{}',
+    answer=b'"message":{"role":"assistant","content":', answer_end=b',"refusal":null}',
+)  # fmt: skip
+COMPLETION = Shape(
+    prefix=b"cmpl-", unary_object=b"text_completion", event_object=b"text_completion",
+    first=b"", delta=b'"text":', end=b"", empty=b'"text":""', answer=b'"text":', answer_end=b"",
+)  # fmt: skip
+
+
+def _fingerprint(request: Request) -> bytes:
+    revision = request.revision
+    return b'"fp_%b"' % revision.encode() if revision.isalnum() else b"null"
+
+
+def _usage_json(request: Request) -> bytes:
+    prompt, output, reasoning, cached = request.usage
+    return (
+        b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d},'
+        b'"completion_tokens_details":{"reasoning_tokens":%d}}' % (prompt, output, prompt + output, cached, reasoning)
+    )
+
+
+def _logprobs(detail: ChunkDetail) -> list[dict[str, object]]:
+    """OpenAI's entries for the tokens of a chunk."""
+
+    def entry(x: generation_pb2.TokenLogprob | generation_pb2.TopLogprob) -> dict[str, object]:
+        return {"token": x.token.decode(errors="replace"), "logprob": x.logprob, "bytes": list(x.token)}
+
+    return [{**entry(x), "top_logprobs": [entry(t) for t in x.top]} for x in detail.logprobs]
+
+
+class _HttpSink:
+    """What both kinds of answer share."""
+
+    __slots__ = ("_asked", "_connection", "_created", "_shape", "request")
+
+    def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
+        self._connection, self._asked, self._shape = connection, asked, shape
+        self._created = int(time.time())
+        self.request: Request  # set by the app before anything is delivered
+
+    def _head(self, what: bytes) -> bytes:
+        """Up to the choices, the same for every object of an answer."""
+        return b'{"id":"%b%b","object":"%b","created":%d,"model":%b,"system_fingerprint":%b,"choices":[' % (
+            self._shape.prefix, self.request.request_id.encode(), what, self._created, _encode(self._asked.model),
+            _fingerprint(self.request),
+        )  # fmt: skip
+
+    def _id_line(self) -> bytes:
+        return b"x-request-id: %b\r\n" % self.request.request_id.encode()
+
+    def _respond_error(self, error: InferenceError) -> None:
+        self._connection.respond(error.http_status, error_body(error), extra=self._id_line() + error_headers(error))
+
+
+class UnarySink(_HttpSink):
+    """Gathers an answer and sends it whole."""
+
+    __slots__ = ("_logprobs", "_texts")
+
+    def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
+        super().__init__(connection, asked, shape)
+        self._texts: list[str] = []
+        self._logprobs: list[dict[str, object]] = []
+
+    def token(self, index: int, token: int, text: str) -> None:
+        """See `Sink`."""
+        if index == 0 and self._texts:
+            self._texts.clear()  # started over
+        self._texts.append(text)
+
+    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+        """See `Sink`."""
+        if index == 0 and self._texts:
+            self._texts.clear()
+            self._logprobs.clear()
+        self._texts.append(text)
+        if detail is not None and self._asked.logprobs:
+            self._logprobs += _logprobs(detail)
+        if not done:
+            return
+        assert detail is not None
+        shape = self._shape
+        logprobs = _encode({"content": self._logprobs, "refusal": None}) if self._asked.logprobs else b"null"
+        body = b'%b{"index":0,%b%b%b,"logprobs":%b,"finish_reason":%b}],"usage":%b}' % (
+            self._head(shape.unary_object), shape.answer, _encode("".join(self._texts)), shape.answer_end, logprobs,
+            FINISH.get(detail.finish_reason, b'"stop"'), _usage_json(self.request),
+        )  # fmt: skip
+        self._connection.respond(200, body, extra=self._id_line())
+
+    def fail(self, error: InferenceError) -> None:
+        """See `Sink`."""
+        self._respond_error(error)
+
+    def hold(self) -> None:
+        """Nothing leaves before the end."""
+
+    def release(self) -> None:
+        """Nothing leaves before the end."""
+
+    def keep_alive(self) -> None:
+        """A whole answer has no room for a sign of life."""
+
+
+class StreamSink(_HttpSink):
+    """Writes an answer as server-sent events."""
+
+    __slots__ = ("_after", "_before", "_chunked", "_fixed", "_opened", "_send", "_started", "_tail")
+
+    def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
+        super().__init__(connection, asked, shape)
+        self._send = connection.send
+        self._chunked = connection.chunked
+        self._started = self._opened = False
+        self._before = self._after = self._tail = b""
+        self._fixed = 0
+
+    def _frame(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+
+    def _event(self, choice: bytes) -> bytes:
+        """An event with this choice, framed."""
+        return self._frame(b"data: %b%b%b" % (self._head(self._shape.event_object), choice, self._tail))
+
+    def _open(self) -> bytes:
+        """Everything that comes before the first text, and the parts that will not change."""
+        shape = self._shape
+        self._opened = True
+        self._tail = b'],"usage":null}\n\n' if self._asked.include_usage else b"]}\n\n"
+        self._before = b'data: %b{"index":0,%b' % (self._head(shape.event_object), shape.delta)
+        after = b'%b,"logprobs":null,"finish_reason":null}%b' % (shape.end, self._tail)
+        self._fixed = len(self._before) + len(after)
+        self._after = after + b"\r\n" if self._chunked else after
+        role = self._event(b'{"index":0,%b,"logprobs":null,"finish_reason":null}' % shape.first) if shape.first else b""
+        return self._start() + role
+
+    def _start(self) -> bytes:
+        if self._started:
+            return b""
+        self._started = True
+        return self._connection.stream_head(self._id_line())
+
+    def token(self, index: int, token: int, text: str) -> None:
+        """See `Sink`. Text that is not certain yet makes no event."""
+        if text:
+            data = _encode(text)
+            if self._chunked:
+                data = b"%x\r\n%b%b%b" % (self._fixed + len(data), self._before, data, self._after)
+            else:
+                data = self._before + data + self._after
+            if self._opened:
+                self._send(data)
+                return
+            self._first(text)
+        elif not self._opened:
+            self._send(self._open())
+
+    def _first(self, text: str) -> None:
+        opening = self._open()
+        self._connection.hold()
+        self._send(opening)
+        self.token(0, 0, text)
+        self._connection.release()
+
+    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+        """See `Sink`."""
+        pieces: list[bytes] = [] if self._opened else [self._open()]
+        shape = self._shape
+        entries = _logprobs(detail) if detail is not None and self._asked.logprobs else []
+        if text or entries:
+            logprobs = _encode({"content": entries, "refusal": None}) if entries else b"null"
+            event = b'{"index":0,%b%b%b,"logprobs":%b,"finish_reason":null}' % (shape.delta, _encode(text), shape.end, logprobs)
+            pieces.append(self._event(event))
+        if done:
+            assert detail is not None
+            reason = FINISH.get(detail.finish_reason, b'"stop"')
+            pieces.append(self._event(b'{"index":0,%b,"logprobs":null,"finish_reason":%b}' % (shape.empty, reason)))
+            if self._asked.include_usage:
+                head = self._head(shape.event_object)
+                pieces.append(self._frame(b'data: %b],"usage":%b}\n\n' % (head, _usage_json(self.request))))
+            pieces.append(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n" if self._chunked else b"data: [DONE]\n\n")
+        if pieces:
+            self._send(b"".join(pieces))
+        if done:
+            self._connection.finish()
+
+    def fail(self, error: InferenceError) -> None:
+        """See `Sink`. Once the stream has begun, the error is its last event and `[DONE]` never comes."""
+        if not self._started:
+            self._respond_error(error)
+            return
+        last = self._frame(b"data: %b\n\n" % error_body(error))
+        self._send(last + b"0\r\n\r\n" if self._chunked else last)
+        self._connection.finish()
+
+    def hold(self) -> None:
+        """See `Sink`."""
+        self._connection.hold()
+
+    def release(self) -> None:
+        """See `Sink`."""
+        self._connection.release()
+
+    def keep_alive(self) -> None:
+        """See `Sink`. From here on an error can only be an event."""
+        self._send(self._start() + self._frame(KEEP_ALIVE))

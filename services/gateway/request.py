@@ -1,0 +1,459 @@
+"""One request's life: find a replica, submit, take chunks into the journal, hand them to the client, and survive what breaks.
+
+Before the client has seen anything, an attempt that fails is made again on another replica. After that, another replica of the
+same revision goes on behind the journal's last token. A request has no task of its own: sessions, connections and the sweeper of
+`LiveRequests` call it, all on one loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+from inference_runtime import telemetry
+from inference_runtime.errors import (
+    ContextPoisoned,
+    DeploymentNotFound,
+    EngineLost,
+    InferenceError,
+    NetworkError,
+    NoReplica,
+    Retry,
+    Timeout,
+    Unsupported,
+)
+from inference_runtime.rpc import error_from_status
+from inference_runtime.v1 import engine_service_pb2, generation_pb2
+from services.gateway.journal import NEW, Journal, Verdict
+from services.gateway.routes import Route, Target, choose
+
+if TYPE_CHECKING:
+    from services.gateway.live import LiveRequests
+    from services.gateway.sessions import Session
+
+__all__ = ["Ended", "Request", "Sink"]
+
+log = telemetry.get_logger(__name__)
+
+Submission = engine_service_pb2.Submission
+ChunkDetail = engine_service_pb2.ChunkDetail
+
+#: Taken off the time that an engine is given, for the way back.
+HOP_S = 0.02
+#: With less time left than this a request is not begun.
+LEAST_TIME_S = 0.1
+#: Bounds of the pause before another attempt, seconds. Drawn at random: a replica's requests do not all move in lock-step.
+JITTER_S = (0.002, 0.03)
+#: A replica that failed is tried again after this, doubled each time, where there is no other.
+SAME_AGAIN_S = 0.25
+
+
+class Ended(NamedTuple):
+    """What a request came to."""
+
+    outcome: str  #: "ok", "cancelled", or the error's reason
+    deployment: str  #: "" when there was no such deployment
+    accepted_ns: int  #: wall clock
+    first_token_s: float  #: 0 when there was none
+    duration_s: float
+    input_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    cached_input_tokens: int
+    finish_reason: int
+
+
+class Sink(Protocol):
+    """Where an answer goes."""
+
+    def token(self, index: int, token: int, text: str) -> None:
+        """One token of choice 0, with the text that became certain."""
+        ...
+
+    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+        """Any other chunk. `done`: the answer is complete with it."""
+        ...
+
+    def fail(self, error: InferenceError) -> None:
+        """The answer ends here, with an error."""
+        ...
+
+    def hold(self) -> None:
+        """Several chunks follow at once."""
+        ...
+
+    def release(self) -> None:
+        """That was all of them."""
+        ...
+
+    def keep_alive(self) -> None:
+        """Nothing has come for a while."""
+        ...
+
+
+class Request:
+    """A request in flight. `begin` once; `cancel` at any time; the sink is told of everything else.
+
+    Args:
+        live: The requests it is one of, with what they share.
+        submission: What to generate. Owned by the request from here on.
+        sink: Where the answer goes.
+        shows_at_once: The client sees each chunk as it comes. False where it gets the whole answer at the end: such a request
+            can start over as long as it runs.
+        traceparent: W3C context of the client's span, "" for none.
+        time_limit_s: The client's own limit, seconds.
+    """
+
+    __slots__ = (
+        "_accepted_ns", "_again_at", "_began", "_error", "_first_at", "_idempotent", "_last_finish", "_limit_s", "_live",
+        "_resumptions", "_retries", "_revision", "_route", "_shows", "_stream_id", "_target", "_tried", "_usage", "_wait_until",
+        "deadline", "ended", "first_chunk_by", "journal", "quiet_since", "seen", "sink", "submission", "traceparent",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        live: LiveRequests,
+        submission: Submission,
+        sink: Sink,
+        *,
+        shows_at_once: bool,
+        traceparent: str = "",
+        time_limit_s: float = float("inf"),
+    ) -> None:
+        self._live, self.submission, self.sink, self._shows = live, submission, sink, shows_at_once
+        self.traceparent, self._limit_s = traceparent, time_limit_s
+        self.journal = Journal(submission.request.sampling.n or 1)
+        self._accepted_ns = time.time_ns()
+        self._began = time.monotonic()
+        self._first_at = 0.0
+        self._route: Route | None = None
+        self._target: Target | None = None
+        self._stream_id = 0
+        self._revision = ""
+        self._tried: set[str] | None = None
+        self._retries = self._resumptions = 0
+        self._error: InferenceError | None = None
+        self._wait_until = self._again_at = 0.0
+        self._usage = (0, 0, 0, 0)
+        self._last_finish = 0
+        request = submission.request
+        self._idempotent = request.idempotent if request.HasField("idempotent") else True
+        self.deadline = self.first_chunk_by = float("inf")
+        self.seen, self.quiet_since = 0, self._began
+        self.ended = False
+
+    @property
+    def request_id(self) -> str:
+        """Its id, the same on every hop."""
+        return self.submission.request.request_id
+
+    @property
+    def waiting(self) -> bool:
+        """It has no replica at present."""
+        return self._target is None
+
+    @property
+    def revision(self) -> str:
+        """Revision of the replica that answers, "" before there is one."""
+        return self._target.revision if self._target is not None else self._revision
+
+    # --- placing -----------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Send it off, or fail it. The sink may be called before this returns."""
+        name = self.submission.request.deployment
+        route = self._live.table.routes.get(name)
+        if route is None:
+            if self._live.table.known:
+                known = ", ".join(sorted(self._live.table.routes)[:20]) or "none yet"
+                self._finish(DeploymentNotFound(f"no deployment is called {name!r}; there are: {known}", param="model"))
+            else:
+                self._finish(NoReplica("this gateway has no routing table yet; try again in a moment", retry_after_s=1))
+            return
+        self._route = route
+        limit_s = min(route.total_timeout_s, self._limit_s)
+        self.deadline = self._began + limit_s
+        if limit_s < LEAST_TIME_S:
+            self._finish(Timeout("less than 0.1 s is left for this request", phase="admission"))
+            return
+        self._place()
+
+    def _place(self) -> None:
+        """Submit to the best replica, or wait for one."""
+        if self.ended or self._target is not None:
+            return
+        now = time.monotonic()
+        route = self._live.table.routes.get(self.submission.request.deployment, self._route)
+        assert route is not None  # begin() has seen to it
+        target = choose(route, self._tried or (), self._revision)
+        if target is None and self._revision and not self._shows:
+            # Nobody has seen anything yet: where nobody can go on, somebody can start over.
+            target = choose(route, self._tried or ())
+            if target is not None:
+                self.journal.forget()
+                self._revision = ""
+        if target is not None:
+            self._submit(target, route, now)
+            return
+        if self._error is not None and not isinstance(self._error, ContextPoisoned | NetworkError):
+            self._finish(self._error)  # a replica that is full or broken in another way does not get better by waiting
+            return
+        if not self._wait_until:
+            self._wait_until = now + self._live.limits.route_wait_s
+            self._live.waiting.add(self)
+
+    def try_again(self, now: float) -> None:
+        """Look for a replica once more: something changed, or time has passed."""
+        if self._target is not None or self.ended or not self._wait_until:
+            return
+        if self._tried and now >= self._again_at:
+            self._tried.clear()
+        self._place()
+        if self._target is None and not self.ended and now > self._wait_until:
+            name = self.submission.request.deployment
+            self._finish(
+                self._error or NoReplica(f"no replica of deployment {name!r} takes requests at present", retry_after_s=1)
+            )
+
+    def _submit(self, target: Target, route: Route, now: float) -> None:
+        if self._wait_until:
+            self._wait_until = 0.0
+            self._live.waiting.discard(self)
+        missing = _missing_feature(self.submission.request.sampling, target)
+        if missing:
+            param, feature = missing
+            message = (
+                f"the runtime of deployment {route.deployment!r} ({route.runtime}) does not offer {feature}; leave {param} out"
+            )
+            self._finish(Unsupported(message, param=param, feature=feature, runtime=route.runtime))
+            return
+        left_s = self.deadline - now - HOP_S
+        if left_s < LEAST_TIME_S - HOP_S:
+            self._finish(self._error or Timeout("no time is left for this request", phase="total"))
+            return
+        submission = self.submission
+        submission.epoch = self.journal.epoch
+        submission.replica_id = target.replica_id
+        whole_s = int(left_s)
+        submission.time_left.seconds = whole_s
+        submission.time_left.nanos = int((left_s - whole_s) * 1e9)
+        if self._error is not None:
+            self._describe_prefix(target)
+        if not self._first_at:
+            self.first_chunk_by = now + route.first_chunk_timeout_s
+        target.in_flight += 1
+        self._target = target
+        self._stream_id = cast("Session", target.link).submit(submission, self)
+
+    def _describe_prefix(self, target: Target) -> None:
+        submission = self.submission
+        del submission.generated_prefix[:]
+        submission.revision = ""
+        if self.journal.output_tokens:
+            submission.revision = target.revision
+            for choice, tokens in enumerate(self.journal.choices):
+                submission.generated_prefix.add(choice=choice, token_ids=tokens)
+
+    # --- chunks ------------------------------------------------------------------------------------------------------------
+
+    def on_token(self, epoch: int, index: int, token: int, text: str) -> None:
+        """One token of choice 0, and nothing else."""
+        verdict = self.journal.accept_one(epoch, index, token)
+        if verdict is NEW:
+            if not self._first_at:
+                self._first()
+            self.sink.token(index, token, text)
+        else:
+            self._refused(verdict, index)
+
+    def on_chunk(self, epoch: int, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None) -> None:
+        """Any other chunk."""
+        finish = 0
+        if detail is not None:
+            if detail.HasField("error"):
+                if epoch == self.journal.epoch:
+                    self._attempt_failed(error_from_status(detail.error), told=True)
+                return
+            finish = int(detail.finish_reason)
+        verdict = self.journal.accept(epoch, choice, index, tokens, last=bool(finish))
+        if verdict is not NEW:
+            self._refused(verdict, index)
+            return
+        if not self._first_at:
+            self._first()
+        if not finish:
+            self.sink.chunk(choice, index, tokens, text, detail, False)
+            return
+        assert detail is not None
+        if detail.HasField("usage"):
+            usage = detail.usage
+            self._usage = (usage.input_tokens, usage.output_tokens, usage.reasoning_tokens, usage.cached_input_tokens)
+        self._last_finish = finish
+        if not self.journal.complete:
+            self.sink.chunk(choice, index, tokens, text, detail, False)
+            return
+        if not self._usage[1]:
+            self._usage = (self._usage[0], self.journal.output_tokens, *self._usage[2:])
+        self.sink.chunk(choice, index, tokens, text, detail, True)
+        self._close("ok")
+
+    def hold(self) -> None:
+        """Several chunks follow at once."""
+        self.sink.hold()
+
+    def release(self) -> None:
+        """That was all of them."""
+        self.sink.release()
+
+    def _first(self) -> None:
+        self._first_at = time.monotonic()
+        self.first_chunk_by = float("inf")
+
+    def _refused(self, verdict: Verdict, index: int) -> None:
+        self._live.dropped.inc(verdict.value)
+        if verdict is Verdict.GAP:
+            have = len(self.journal.first)
+            log.warning("gap in a stream", request_id=self.request_id, index=index, expected=have)
+            self._attempt_failed(EngineLost("the engine skipped tokens"), told=False)
+
+    # --- failing and going on ----------------------------------------------------------------------------------------------
+
+    def on_lost(self, error: InferenceError) -> None:
+        """The stream is gone, and what it carried with it."""
+        self._attempt_failed(error, told=True)
+
+    def _attempt_failed(self, error: InferenceError, *, told: bool) -> None:
+        """Give the attempt up, and make another one where that can help.
+
+        Args:
+            error: Why.
+            told: The engine knows that it is over; else it is told to stop.
+        """
+        target = self._target
+        if target is None or self.ended:
+            return
+        self._leave(target, told=told)
+        self._error = error
+        if not self._may_go_on(error, target):
+            self._finish(error)
+            return
+        self._revision = target.revision if self.journal.output_tokens else ""
+        self.journal.begin_epoch()
+        if self._tried is None:
+            self._tried = set()
+        self._tried.add(target.replica_id)
+        attempts = self._retries + self._resumptions
+        self._again_at = time.monotonic() + max(error.retry_after_s or 0.0, SAME_AGAIN_S * 2 ** (attempts - 1))
+        log.info(
+            "request goes on elsewhere",
+            request_id=self.request_id, replica=target.replica_id, reason=error.reason, after_tokens=self.journal.output_tokens,
+        )  # fmt: skip
+        asyncio.get_running_loop().call_later(random.uniform(*JITTER_S), self._place)
+
+    def _may_go_on(self, error: InferenceError, target: Target) -> bool:
+        """Whether another attempt is allowed and can continue what was shown. Counts it."""
+        if error.retry is not Retry.ELSEWHERE or not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
+            return False
+        if self._shows and self._first_at:
+            if self._resumptions >= self._live.limits.max_resumptions or not target.capabilities.resume:
+                return False
+            self._resumptions += 1
+            return True
+        if self._retries >= self._live.limits.max_retries:
+            return False
+        self._retries += 1
+        if self.journal.output_tokens and not target.capabilities.resume:
+            self.journal.forget()
+        return True
+
+    def expire(self, now: float) -> None:
+        """Called by the sweeper: end it when its time is up."""
+        if now > self.deadline:
+            self._stop(Timeout("the request took longer than its deployment allows", phase="total"))
+        elif now > self.first_chunk_by:
+            self._stop(Timeout("no token came in the time that its deployment allows", phase="first_chunk"))
+
+    def cancel(self) -> None:
+        """The client left: stop the engine within one step. Nothing is sent to the sink any more."""
+        if not self.ended:
+            if self._target is not None:
+                self._leave(self._target, told=False)
+            self._close("cancelled")
+
+    def abandon(self, error: InferenceError) -> None:
+        """End it with an error, whatever it is doing."""
+        self._stop(error)
+
+    def _stop(self, error: InferenceError) -> None:
+        if self.ended:
+            return
+        if self._target is not None:
+            self._leave(self._target, told=False)
+        self._finish(error)
+
+    def _leave(self, target: Target, *, told: bool) -> None:
+        session = cast("Session", target.link)
+        if told:
+            session.forget(self._stream_id)
+        else:
+            session.cancel(self._stream_id, self.journal.epoch)
+        target.in_flight -= 1
+        self._target = None
+
+    def _finish(self, error: InferenceError) -> None:
+        """End it with an error: the client is told, once."""
+        self._close(error.reason)
+        self.sink.fail(error)
+
+    def _close(self, outcome: str) -> None:
+        """Count it and settle it. The last thing that happens to a request."""
+        self.ended = True
+        now = time.monotonic()
+        target, self._target = self._target, None
+        if target is not None:
+            target.in_flight -= 1
+            cast("Session", target.link).forget(self._stream_id)
+        usage = self._usage
+        if not usage[1]:
+            usage = (usage[0], self.journal.output_tokens, usage[2], usage[3])
+        self._live.end(
+            self,
+            Ended(
+                outcome=outcome,
+                deployment="" if self._route is None else self._route.deployment,
+                accepted_ns=self._accepted_ns,
+                first_token_s=self._first_at - self._began if self._first_at else 0.0,
+                duration_s=now - self._began,
+                input_tokens=usage[0],
+                output_tokens=usage[1],
+                reasoning_tokens=usage[2],
+                cached_input_tokens=usage[3],
+                finish_reason=self._last_finish,
+            ),
+        )
+
+    @property
+    def usage(self) -> tuple[int, int, int, int]:
+        """Tokens of prompt, output, reasoning, and of the prompt from a cache. Known at the end."""
+        return self._usage
+
+
+def _missing_feature(sampling: generation_pb2.SamplingParams, target: Target) -> tuple[str, str] | None:
+    """(request field, feature) of the first thing asked for that the replica cannot do."""
+    can = target.capabilities
+    if not can.logprobs and sampling.HasField("top_logprobs"):
+        return "logprobs", "log-probabilities"
+    if not can.penalties:
+        for param in ("presence_penalty", "frequency_penalty"):
+            if getattr(sampling, param):
+                return param, "penalties"
+        if sampling.repetition_penalty not in (0.0, 1.0):
+            return "repetition_penalty", "penalties"
+    if not can.logit_bias and sampling.logit_bias:
+        return "logit_bias", "a bias of single tokens"
+    if not can.min_p and sampling.min_p:
+        return "min_p", "min_p"
+    return None

@@ -1,0 +1,270 @@
+"""The gateway's own copy of the routing table, and the choice of a replica.
+
+The coordinator pushes the table; nobody is asked per request. A table stays in force for as long as no newer one arrives: the
+coordinator and etcd may be away, requests on known routes go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Generic, Protocol, TypeVar
+
+import grpc
+
+from inference_runtime.errors import InferenceError, NotLeader, StaleLeader
+from inference_runtime.rpc import error_from_rpc, open_channel
+from inference_runtime.telemetry import MetricSet, get_logger
+from inference_runtime.v1 import common_pb2, coordinator_service_pb2, coordinator_service_pb2_grpc
+from inference_runtime.wire import seconds
+
+__all__ = ["Leader", "Leaders", "Link", "Route", "RouteTable", "RouteWatch", "Target", "choose"]
+
+log = get_logger(__name__)
+
+#: Used where a route names none.
+DEFAULT_FIRST_CHUNK_TIMEOUT_S = 60.0
+DEFAULT_TOTAL_TIMEOUT_S = 600.0
+#: Pauses between two tries to reach the coordinator, seconds: short at first, then bounded.
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 1.0
+
+
+class Link(Protocol):
+    """What a target is reached through."""
+
+    @property
+    def up(self) -> bool:
+        """It takes submissions."""
+        ...
+
+
+class Leader(Protocol):
+    """Whoever leads a role (coordination.LeaderInfo)."""
+
+    @property
+    def address(self) -> str:
+        """host:port of its gRPC server."""
+        ...
+
+
+L = TypeVar("L", bound=Leader)
+
+
+class Leaders(Protocol[L]):
+    """Who leads a role (coordination.LeaderObserver)."""
+
+    @property
+    def current(self) -> L | None:
+        """The leader, None while there is none."""
+        ...
+
+    async def changed(self, seen: L | None) -> L | None:
+        """The leader, once it is another than `seen`."""
+        ...
+
+
+class Target:
+    """One replica as this worker sees it. Lives as long as the replica is in the table or has requests of ours."""
+
+    __slots__ = ("capabilities", "in_flight", "link", "load", "replica_id", "revision", "serving")
+
+    def __init__(self, replica: common_pb2.Replica, link: Link) -> None:
+        self.replica_id = replica.id
+        self.link = link
+        #: Requests that ran and waited there at the last report.
+        self.load = 0
+        #: Requests of this worker that are there now.
+        self.in_flight = 0
+        self.update(replica)
+
+    def update(self, replica: common_pb2.Replica) -> None:
+        """Take over what can change in a replica's life."""
+        self.revision = replica.revision
+        self.capabilities = replica.capabilities
+        self.serving = replica.state == common_pb2.REPLICA_STATE_SERVING
+
+    @property
+    def usable(self) -> bool:
+        """A request may be sent there now."""
+        return self.serving and self.link.up
+
+    @property
+    def score(self) -> int:
+        """How busy it is: what was reported, and what has been sent there from here."""
+        return self.load + self.in_flight
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One deployment and the replicas that answer for it."""
+
+    deployment: str
+    runtime: str
+    generation: int
+    first_chunk_timeout_s: float
+    total_timeout_s: float
+    targets: tuple[Target, ...]
+    max_context_tokens: int = 0
+
+
+class RouteTable:
+    """The table. Replaced whole on each change, never edited, so that a reader needs no care.
+
+    Args:
+        link_to: The link to an engine, from (engine id, address); the same one for the same arguments.
+        on_change: Called after each change that could let a waiting request go on.
+    """
+
+    def __init__(self, link_to: Callable[[str, str], Link], on_change: Callable[[], None] = lambda: None) -> None:
+        self._link_to, self._on_change = link_to, on_change
+        self._engines: dict[str, tuple[str, str]] = {}
+        self.targets: dict[str, Target] = {}
+        self.routes: Mapping[str, Route] = MappingProxyType({})
+        self.known = False
+        self.revision = 0
+        self.token = common_pb2.FencingToken()
+
+    @property
+    def engines(self) -> set[tuple[str, str]]:
+        """(engine id, address) of every engine in the table."""
+        return set(self._engines.values())
+
+    def apply(self, update: coordinator_service_pb2.WatchRoutesResponse) -> None:
+        """Take over a table or a change of it.
+
+        Raises:
+            StaleLeader: It comes from a coordinator that was replaced, or is older than what is here.
+        """
+        token = update.fencing_token
+        same_cluster = token.cluster_id == self.token.cluster_id and bool(token.revision)
+        if same_cluster and token.revision < self.token.revision:
+            raise StaleLeader("the routing table came from a coordinator that was replaced")
+        if same_cluster and update.snapshot and self.known and update.revision < self.revision:
+            raise StaleLeader("the routing table is older than the one in use")
+        if token.revision:
+            self.token.CopyFrom(token)
+        routes: dict[str, Route] = {} if update.snapshot else dict(self.routes)
+        for name in update.removed:
+            routes.pop(name, None)
+        for line in update.deployments:
+            routes[line.deployment] = self._route(line)
+        if update.snapshot or update.deployments or update.removed:
+            kept = {target.replica_id for route in routes.values() for target in route.targets}
+            self.targets = {name: target for name, target in self.targets.items() if name in kept}
+            self._engines = {name: engine for name, engine in self._engines.items() if name in kept}
+        for load in update.loads:
+            target = self.targets.get(load.replica_id)
+            if target is not None:
+                target.load = load.running + load.queued
+        self.routes = MappingProxyType(routes)
+        self.revision = update.revision
+        self.known = self.known or update.snapshot
+        self._on_change()
+
+    def _route(self, line: coordinator_service_pb2.DeploymentRoute) -> Route:
+        targets: list[Target] = []
+        for replica in line.replicas:
+            engine = (replica.engine_id, replica.address)
+            target = self.targets.get(replica.id)
+            if target is None or self._engines.get(replica.id) != engine:
+                target = self.targets[replica.id] = Target(replica, self._link_to(*engine))
+                self._engines[replica.id] = engine
+            else:
+                target.update(replica)
+            targets.append(target)
+        return Route(
+            deployment=line.deployment,
+            runtime=line.runtime,
+            generation=line.generation,
+            first_chunk_timeout_s=seconds(line.first_chunk_timeout) or DEFAULT_FIRST_CHUNK_TIMEOUT_S,
+            total_timeout_s=seconds(line.total_timeout) or DEFAULT_TOTAL_TIMEOUT_S,
+            targets=tuple(targets),
+            max_context_tokens=max((r.max_context_tokens for r in line.replicas), default=0),
+        )
+
+    @property
+    def ready(self) -> bool:
+        """At least one replica can be reached."""
+        return any(target.usable for target in self.targets.values())
+
+
+def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> Target | None:
+    """The replica for a request: the less busy of two drawn at random. None when none is usable.
+
+    Two draws keep gateways that see the same stale loads from all running to the same replica.
+
+    Args:
+        route: Where it may go.
+        exclude: Ids of replicas that were tried.
+        revision: Only replicas of this revision; "" for any.
+    """
+    targets = route.targets
+    if len(targets) == 1 and not exclude and not revision:
+        return targets[0] if targets[0].usable else None
+    fit = [t for t in targets if t.usable and t.replica_id not in exclude and (not revision or t.revision == revision)]
+    if len(fit) <= 1:
+        return fit[0] if fit else None
+    one, other = random.sample(fit, 2)
+    return one if one.score <= other.score else other
+
+
+class RouteWatch(Generic[L]):
+    """Keeps a table up to date from whoever leads the coordinators."""
+
+    def __init__(self, table: RouteTable, leaders: Leaders[L], gateway_id: str, metrics: MetricSet) -> None:
+        self._table, self._leaders = table, leaders
+        self._request = coordinator_service_pb2.WatchRoutesRequest(gateway_id=gateway_id)
+        self._revision = metrics.gauge("inference_route_table_revision")
+        self._age = metrics.gauge("inference_route_table_age_seconds")
+        self._confirmed_at = 0.0
+
+    async def run(self) -> None:
+        """Watch until cancelled. Outages of coordinator and etcd only make the table old."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            leader = self._leaders.current or await self._leaders.changed(None)
+            if leader is None:
+                continue
+            before = self._confirmed_at
+            try:
+                await self._watch(leader)
+            except InferenceError as err:
+                log.debug(
+                    "routing table: coordinator not reached", address=leader.address, reason=err.reason, message=err.message
+                )
+            pause_s = FIRST_PAUSE_S if self._confirmed_at > before else min(pause_s * 2, LONGEST_PAUSE_S)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
+    async def _watch(self, leader: L) -> None:
+        """Follow one leader until it is lost or replaced. Raises the reason."""
+        channel = open_channel(leader.address)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                guard = tasks.create_task(self._watch_leader(leader))
+                stub = coordinator_service_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
+                async for update in stub.WatchRoutes(self._request):
+                    self._table.apply(update)
+                    self._confirmed_at = time.monotonic()
+                    self._revision.set(self._table.revision)
+                guard.cancel()
+        except ExceptionGroup as group:
+            cause = group.exceptions[0]
+            raise (error_from_rpc(cause) if isinstance(cause, grpc.aio.AioRpcError) else cause) from group
+        finally:
+            await channel.close(None)
+
+    async def _watch_leader(self, leader: L) -> None:
+        seen: L | None = leader
+        while True:
+            seen = await self._leaders.changed(seen)
+            if seen is not None and seen.address != leader.address:
+                raise NotLeader("another coordinator leads by now", role="coordinator", address=seen.address)
+
+    def show_age(self) -> None:
+        """Note how old the table is. While the coordinator answers, its stream confirms the table without a word."""
+        self._age.set(time.monotonic() - self._confirmed_at if self._confirmed_at else 0.0)

@@ -1,0 +1,149 @@
+"""GatewayService: the gRPC door. Translates and delegates to the same requests that the HTTP door uses."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from inference_runtime.errors import Backpressure, InferenceError
+from inference_runtime.rpc import remaining_s
+from inference_runtime.v1 import engine_service_pb2, gateway_service_pb2, gateway_service_pb2_grpc
+from inference_runtime.wire import request_from_proto, seconds
+from services.gateway.auth import KeyRing
+from services.gateway.live import LiveRequests, new_id
+from services.gateway.routes import RouteTable
+
+if TYPE_CHECKING:
+    import grpc
+
+    from services.gateway.request import Request
+
+    Context = grpc.aio.ServicerContext[object, object]
+
+__all__ = ["GatewayService"]
+
+GenerateResponse = gateway_service_pb2.GenerateResponse
+ChunkDetail = engine_service_pb2.ChunkDetail
+
+#: Chunks that may wait for a caller before it is cut off.
+MAX_UNREAD_CHUNKS = 8192
+
+
+class _CallSink:
+    """Keeps chunks for the one call that reads them. Bounded: a caller that stops reading loses its request."""
+
+    def __init__(self, request_id: str, deployment: str) -> None:
+        self._request_id, self._deployment = request_id, deployment
+        self._chunks: collections.deque[GenerateResponse] = collections.deque()
+        self._wake = asyncio.Event()
+        self._error: InferenceError | None = None
+        self._done = False
+        self.request: Request  # set by the servicer before anything is delivered
+
+    def _add(self, response: GenerateResponse) -> None:
+        self._chunks.append(response)
+        self._wake.set()
+        if len(self._chunks) > MAX_UNREAD_CHUNKS:
+            self.request.abandon(Backpressure(f"the caller left {MAX_UNREAD_CHUNKS} chunks unread"))
+
+    def token(self, index: int, token: int, text: str) -> None:
+        """See `Sink`."""
+        self._add(
+            GenerateResponse(request_id=self._request_id, index=index, token_ids=(token,), text=text, deployment=self._deployment)
+        )
+
+    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+        """See `Sink`."""
+        response = GenerateResponse(
+            request_id=self._request_id, choice=choice, index=index, token_ids=tokens, text=text, deployment=self._deployment
+        )
+        if detail is not None:
+            response.detail.CopyFrom(detail)
+            response.detail.row = 0
+        self._done = self._done or done
+        self._add(response)
+
+    def fail(self, error: InferenceError) -> None:
+        """See `Sink`."""
+        self._error = error
+        self._wake.set()
+
+    def hold(self) -> None:
+        """Chunks wait in a queue anyway."""
+
+    def release(self) -> None:
+        """Chunks wait in a queue anyway."""
+
+    def keep_alive(self) -> None:
+        """gRPC keeps its own connections alive."""
+
+    async def chunks(self) -> AsyncIterator[GenerateResponse]:
+        """The chunks, to the end. Raises the error that ended them."""
+        while True:
+            while self._chunks:
+                yield self._chunks.popleft()
+            if self._error is not None:
+                raise self._error
+            if self._done:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+
+class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
+    """The servicer."""
+
+    def __init__(self, live: LiveRequests, table: RouteTable, keys: KeyRing) -> None:
+        self._live, self._table, self._keys = live, table, keys
+
+    async def Generate(
+        self, request: gateway_service_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[gateway_service_pb2.GenerateResponse]:
+        """Run one generation."""
+        tenant = self._authenticate(context)
+        request_from_proto(request.request)  # checks it
+        submission = engine_service_pb2.Submission(request=request.request)
+        generation = submission.request
+        generation.request_id = generation.request_id or new_id()
+        if tenant:
+            generation.tenant = tenant
+        left_s = remaining_s(context)
+        limit_s = float("inf") if left_s is None else left_s
+        if request.HasField("timeout"):
+            limit_s = min(limit_s, seconds(request.timeout))
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        sink = _CallSink(generation.request_id, generation.deployment)
+        live = sink.request = self._live.begin(
+            submission, sink, shows_at_once=True, traceparent=metadata.get("traceparent", ""), time_limit_s=limit_s
+        )
+        try:
+            live.begin()
+            async for response in sink.chunks():
+                yield response
+        finally:
+            live.cancel()
+
+    async def ListModels(
+        self, request: gateway_service_pb2.ListModelsRequest, context: Context
+    ) -> gateway_service_pb2.ListModelsResponse:
+        """Name the deployments."""
+        self._authenticate(context)
+        models = [
+            gateway_service_pb2.Model(
+                id=route.deployment,
+                runtime=route.runtime,
+                max_context_tokens=route.max_context_tokens,
+                ready_replicas=sum(target.usable for target in route.targets),
+            )
+            for route in sorted(self._table.routes.values(), key=lambda r: r.deployment)
+        ]
+        return gateway_service_pb2.ListModelsResponse(models=models)
+
+    def _authenticate(self, context: Context) -> str:
+        """Whose call it is. Raises Unauthorized."""
+        if self._keys.open:
+            return ""
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return self._keys.check(metadata.get("authorization", "").encode(), metadata.get("x-api-key", "").encode())

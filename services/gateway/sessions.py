@@ -1,0 +1,284 @@
+"""One Session stream for each engine: everything for an engine leaves on it, every chunk comes back on it.
+
+What came up in one turn of the loop leaves as one message. A frame is read by columns and handed on row by row, without an object
+per token. When a stream dies, every request on it is told in the same turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import grpc
+
+from inference_runtime.errors import EngineLost, InferenceError, Internal
+from inference_runtime.rpc import error_from_rpc, open_channel
+from inference_runtime.telemetry import MetricSet, get_logger
+from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
+
+__all__ = ["PROTOCOL_VERSION", "Receiver", "Session", "SessionPool"]
+
+log = get_logger(__name__)
+
+#: Version of the Session contract that this gateway speaks.
+PROTOCOL_VERSION = 1
+#: An engine that does not welcome a session within this time is not there, seconds.
+WELCOME_TIMEOUT_S = 5.0
+#: Pauses between two tries to open a session, seconds.
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 1.0
+
+Submission = engine_service_pb2.Submission
+ChunkDetail = engine_service_pb2.ChunkDetail
+SessionResponse = engine_service_pb2.SessionResponse
+
+
+class Receiver(Protocol):
+    """A request, as a session sees it."""
+
+    def on_token(self, epoch: int, index: int, token: int, text: str) -> None:
+        """One token of choice 0, and nothing else."""
+        ...
+
+    def on_chunk(self, epoch: int, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None) -> None:
+        """Any other chunk."""
+        ...
+
+    def on_lost(self, error: InferenceError) -> None:
+        """The stream is gone, and what it carried with it."""
+        ...
+
+    def hold(self) -> None:
+        """Several chunks follow at once."""
+        ...
+
+    def release(self) -> None:
+        """That was all of them."""
+        ...
+
+
+class Session:
+    """The stream to one engine. `run` keeps it open; `submit` and `cancel` only note what goes out next."""
+
+    def __init__(self, engine_id: str, address: str, gateway_id: str, on_up: Callable[[], None], metrics: MetricSet) -> None:
+        self.engine_id, self.address = engine_id, address
+        self._hello = engine_service_pb2.SessionHello(gateway_id=gateway_id, protocol_version=PROTOCOL_VERSION)
+        self._on_up = on_up
+        self._open = metrics.gauge("inference_sessions")
+        self._dropped = metrics.counter("inference_frames_dropped_total", "cause")
+        self._streams: dict[int, Receiver] = {}
+        self._submissions: list[Submission] = []
+        self._cancellations: list[engine_service_pb2.Cancellation] = []
+        self._wake = asyncio.Event()
+        self._ids = itertools.count(1)
+        #: It takes submissions. False before it is open and while its engine drains.
+        self.up = False
+        self._connected = False
+        #: No longer in the routing table: ends when its last request does.
+        self.retired = False
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs on it."""
+        return not self._streams
+
+    def submit(self, submission: Submission, receiver: Receiver) -> int:
+        """Send a submission with the next message. Returns the stream id it got."""
+        stream_id = submission.stream_id = next(self._ids)
+        self._streams[stream_id] = receiver
+        self._submissions.append(submission)
+        self._wake.set()
+        return stream_id
+
+    def cancel(self, stream_id: int, epoch: int) -> None:
+        """Stop a generation; nothing of it is delivered any more. Harmless for one that is over."""
+        if self._streams.pop(stream_id, None) is not None and self._connected:
+            self._cancellations.append(engine_service_pb2.Cancellation(stream_id=stream_id, epoch=epoch))
+            self._wake.set()
+
+    def forget(self, stream_id: int) -> None:
+        """The generation is over."""
+        self._streams.pop(stream_id, None)
+
+    async def run(self) -> None:
+        """Keep the stream open until retired and idle, or cancelled. Requests on a stream that breaks are told at once."""
+        pause_s = FIRST_PAUSE_S
+        while not self.retired:
+            try:
+                await self._live()
+                error: InferenceError = EngineLost(f"engine {self.engine_id} closed its stream")
+            except InferenceError as err:
+                error = EngineLost(f"engine {self.engine_id} at {self.address} cannot be reached: {err.message}")
+            pause_s = FIRST_PAUSE_S if self._end(error) else min(pause_s * 2, LONGEST_PAUSE_S)
+            if not self.retired:
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+
+    async def _live(self) -> None:
+        """One life of the stream. Raises the reason for its end."""
+        channel = open_channel(self.address)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                stub = engine_service_pb2_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
+                await self._converse(stub.Session(), tasks)
+        except ExceptionGroup as group:
+            cause = group.exceptions[0]
+            if isinstance(cause, grpc.aio.AioRpcError):
+                raise error_from_rpc(cause) from cause
+            if isinstance(cause, asyncio.InvalidStateError):  # a write to a stream that has just ended
+                raise EngineLost("the stream ended") from cause
+            raise cause from None
+        finally:
+            await channel.close(None)
+
+    async def _converse(self, call: grpc.aio.StreamStreamCall, tasks: asyncio.TaskGroup) -> None:  # type: ignore[type-arg]
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await call.write(engine_service_pb2.SessionRequest(hello=self._hello))
+                first = await call.read()
+        except TimeoutError as err:
+            raise EngineLost("no welcome in time") from err
+        if not isinstance(first, SessionResponse) or not first.HasField("welcome"):
+            raise EngineLost("its first message was no welcome")
+        self._begin()
+        writer = tasks.create_task(self._write(call))
+        while isinstance(message := await call.read(), SessionResponse):
+            if message.HasField("frame"):
+                self._dispatch(message.frame)
+            if message.draining:
+                self.up = False
+        writer.cancel()
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            message = engine_service_pb2.SessionRequest(submissions=self._submissions, cancellations=self._cancellations)
+            self._submissions.clear()
+            self._cancellations.clear()
+            await call.write(message)
+
+    def _begin(self) -> None:
+        self.up = self._connected = True
+        self._open.inc()
+        log.info("session open", engine=self.engine_id, address=self.address)
+        self._on_up()
+
+    def _end(self, error: InferenceError) -> bool:
+        """Tell every request on the stream. Returns whether it had been open."""
+        was_open, self.up, self._connected = self._connected, False, False
+        if was_open:
+            self._open.inc(by=-1)
+            log.warning("session lost", engine=self.engine_id, requests=len(self._streams), why=error.message)
+        streams, self._streams = self._streams, {}
+        self._submissions.clear()
+        self._cancellations.clear()
+        for receiver in streams.values():
+            receiver.on_lost(error)
+        return was_open
+
+    # --- frames ------------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, frame: engine_service_pb2.ChunkFrame) -> None:
+        """Hand the rows of a frame to their requests."""
+        ids = list(frame.stream_ids)
+        if len(set(ids)) != len(ids):
+            held = [r for stream_id, n in Counter(ids).items() if n > 1 and (r := self._streams.get(stream_id)) is not None]
+            for receiver in held:
+                receiver.hold()
+            self._deliver(ids, frame)
+            for receiver in held:
+                receiver.release()
+        else:
+            self._deliver(ids, frame)
+
+    def _deliver(self, ids: list[int], frame: engine_service_pb2.ChunkFrame) -> None:
+        get = self._streams.get
+        indexes: Sequence[int] = frame.indexes or (0,) * len(ids)
+        texts: Sequence[str] = frame.texts or ("",) * len(ids)
+        epochs: Sequence[int] = frame.epochs or (0,) * len(ids)
+        unknown = 0
+        if not frame.details and not frame.token_counts and not frame.choices:
+            for stream_id, epoch, index, token, text in zip(ids, epochs, indexes, frame.token_ids, texts, strict=True):
+                receiver = get(stream_id)
+                if receiver is None:
+                    unknown += 1
+                else:
+                    try:
+                        receiver.on_token(epoch, index, token, text)
+                    except Exception as err:  # noqa: BLE001 - one request's fault must not take the others of the stream with it
+                        self._fault(stream_id, receiver, err)
+        else:
+            tokens = list(frame.token_ids)
+            counts: Sequence[int] = frame.token_counts or (1,) * len(ids)
+            choices: Sequence[int] = frame.choices or (0,) * len(ids)
+            details = {detail.row: detail for detail in frame.details}
+            start = 0
+            for row, (stream_id, epoch, index, text, count, choice) in enumerate(
+                zip(ids, epochs, indexes, texts, counts, choices, strict=True)
+            ):
+                at, start = start, start + count
+                receiver = get(stream_id)
+                if receiver is None:
+                    unknown += 1
+                    continue
+                detail = details.get(row)
+                try:
+                    if detail is None and count == 1 and choice == 0:
+                        receiver.on_token(epoch, index, tokens[at], text)
+                    else:
+                        receiver.on_chunk(epoch, choice, index, tokens[at:start], text, detail)
+                except Exception as err:  # noqa: BLE001 - as above
+                    self._fault(stream_id, receiver, err)
+        if unknown:
+            self._dropped.inc("unknown_stream", by=unknown)
+
+    def _fault(self, stream_id: int, receiver: Receiver, err: Exception) -> None:
+        log.error("request failed by a fault of ours", exc_info=err, stream_id=stream_id)
+        self._streams.pop(stream_id, None)
+        receiver.on_lost(Internal(str(err)))
+
+
+class SessionPool:
+    """The sessions of one worker, by (engine id, address)."""
+
+    def __init__(self, gateway_id: str, on_up: Callable[[], None], metrics: MetricSet) -> None:
+        self._gateway_id, self._on_up, self._metrics = gateway_id, on_up, metrics
+        self._sessions: dict[tuple[str, str], Session] = {}
+        self._starting: asyncio.Queue[Session] = asyncio.Queue()
+
+    def link_to(self, engine_id: str, address: str) -> Session:
+        """The session to an engine, opened if there is none."""
+        session = self._sessions.get((engine_id, address))
+        if session is None or session.retired:
+            session = self._sessions[engine_id, address] = Session(
+                engine_id, address, self._gateway_id, self._on_up, self._metrics
+            )
+            self._starting.put_nowait(session)
+        return session
+
+    def keep(self, engines: set[tuple[str, str]]) -> None:
+        """Let go of sessions to engines that are in no route any more, once nothing runs on them."""
+        for key, session in list(self._sessions.items()):
+            if key not in engines and session.idle:
+                session.retired = True
+                del self._sessions[key]
+
+    async def run(self) -> None:
+        """Run every session until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            running: dict[Session, asyncio.Task[None]] = {}
+            while True:
+                try:
+                    async with asyncio.timeout(1.0):
+                        session = await self._starting.get()
+                    running[session] = tasks.create_task(session.run(), name=f"session {session.engine_id}")
+                except TimeoutError:
+                    for session, task in list(running.items()):
+                        if session.retired:
+                            task.cancel()
+                        if task.done():
+                            del running[session]

@@ -1,0 +1,134 @@
+"""One gateway worker: the parts, their wiring and the order in which they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Generic
+
+from inference_runtime.rpc import RpcServer
+from inference_runtime.telemetry import Telemetry, get_logger
+from inference_runtime.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
+from services.gateway.auth import KeyRing
+from services.gateway.http.app import HttpApp
+from services.gateway.http.server import HttpServer
+from services.gateway.live import LiveRequests, new_id
+from services.gateway.routes import L, Leaders, RouteTable, RouteWatch
+from services.gateway.service import GatewayService
+from services.gateway.sessions import SessionPool
+from services.gateway.settings import GatewaySettings
+from services.gateway.usage import UsageReporter
+
+__all__ = ["GatewayWorker", "write_ready_file"]
+
+log = get_logger(__name__)
+
+#: Objects made between two collections of the youngest generation. Requests and frames hold no cycles: a collection finds
+#: nothing, so it runs seldom.
+GC_THRESHOLDS = (50_000, 20, 50)
+#: How often sessions to engines that left the table are looked at, and how a drain looks for its end, seconds.
+HOUSEKEEPING_S = 1.0
+DRAIN_CHECK_S = 0.02
+FLUSH_S = 2.0
+
+
+class GatewayWorker(Generic[L]):
+    """A gateway in one process.
+
+    Args:
+        settings: As loaded.
+        telemetry: Of this process.
+        coordinators: Who leads the coordinators.
+        metrics_leaders: Who leads the metrics services.
+        sock: The bound socket of the HTTP door. Closed at the end.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        telemetry: Telemetry,
+        coordinators: Leaders[L],
+        metrics_leaders: Leaders[L],
+        sock: socket.socket,
+    ) -> None:
+        self._settings = settings
+        metrics = telemetry.metrics
+        gateway_id = f"{socket.gethostname()}-{os.getpid()}-{new_id()[:8]}"
+        self.sessions = SessionPool(gateway_id, self._changed, metrics)
+        self.table = RouteTable(self.sessions.link_to, self._changed)
+        self.usage = UsageReporter(metrics_leaders, metrics)
+        self.live = LiveRequests(self.table, settings.limits, self.usage, telemetry, settings.http.keepalive_s)
+        self._watch = RouteWatch(self.table, coordinators, gateway_id, metrics)
+        keys = KeyRing(settings.api_keys)
+        app = HttpApp(self.live, self.table, keys, metrics, int(time.time()))
+        self.http = HttpServer(app, settings.http, sock)
+        self.rpc = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
+        self.rpc.add(
+            add_GatewayServiceServicer_to_server,
+            GatewayService(self.live, self.table, keys),
+            "inference_runtime.v1.GatewayService",
+        )
+
+    def _changed(self) -> None:
+        self.live.wake()
+
+    async def start(self) -> None:
+        """Open both doors and say so."""
+        await self.rpc.start()
+        await self.http.start()
+        await self.rpc.set_serving(True)
+        log.info("serving", http=self.http.address, grpc=self.rpc.address)
+        if self._settings.ready_file:
+            write_ready_file(self._settings.ready_file, self.http.address, self.rpc.address)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.sessions.run(), name="sessions")
+            tasks.create_task(self._watch.run(), name="routes")
+            tasks.create_task(self.live.run(), name="requests")
+            tasks.create_task(self.http.run(), name="http")
+            tasks.create_task(self.usage.run(), name="usage")
+            while True:
+                await asyncio.sleep(HOUSEKEEPING_S)
+                self.sessions.keep(self.table.engines)
+                self._watch.show_age()
+
+    async def drain(self) -> None:
+        """Take nothing new, let what runs end, for as long as the settings allow. `run` must still be running."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._settings.drain_timeout_s
+        await self.rpc.set_serving(False)
+        self.live.draining = True
+        await self.http.drain()
+        log.info("draining", requests=len(self.live.requests))
+        while loop.time() < until:
+            if not self.live.requests and not any(c.unsent for c in self.http.connections):
+                return
+            await asyncio.sleep(DRAIN_CHECK_S)
+        if self.live.requests:  # bounded: what is not over by now is cancelled
+            log.warning("requests cut off: the drain took too long", requests=len(self.live.requests))
+
+    async def stop(self) -> None:
+        """Close both doors and settle. The last thing, after `run` has ended."""
+        await self.http.close()
+        await self.rpc.stop(0)
+        for request in tuple(self.live.requests):
+            request.cancel()
+        await self.usage.flush(FLUSH_S)
+
+
+def write_ready_file(path: str, http: str, grpc: str) -> None:
+    """Write where the gateway listens; a reader sees the whole file or none."""
+    target = Path(path)
+    draft = target.with_name(f"{target.name}.{os.getpid()}")
+    draft.write_text(json.dumps({"http": http, "grpc": grpc}) + "\n", encoding="utf-8")
+    draft.replace(target)
