@@ -90,7 +90,7 @@ class InferenceClient:
         """Close every connection. Idempotent."""
         channels, self._channels = list(self._channels.values()), {}
         for channel in channels:
-            await channel.close()
+            await channel.close(None)
         if self._etcd is not None:
             await self._etcd.close()
 
@@ -116,7 +116,7 @@ class InferenceClient:
         """
         turns = (Message(Role.USER, (TextPart(prompt),)),) if isinstance(prompt, str) else tuple(prompt)
         request = GenerationRequest(uuid.uuid4().hex, deployment, ChatPrompt(turns), sampling or SamplingParams())
-        stub = gateway_service_pb2_grpc.GatewayServiceStub(self._channel(self._gateway()))
+        stub = gateway_service_pb2_grpc.GatewayServiceStub(self._channel(self._gateway()))  # type: ignore[no-untyped-call]
         call = stub.Generate(gateway_service_pb2.GenerateRequest(request=wire.request_to_proto(request)), timeout=timeout_s)
         try:
             async for response in call:
@@ -157,7 +157,7 @@ class InferenceClient:
 
     async def models(self) -> list[gateway_service_pb2.Model]:
         """The deployments that the gateway can reach, by name."""
-        stub = gateway_service_pb2_grpc.GatewayServiceStub(self._channel(self._gateway()))
+        stub = gateway_service_pb2_grpc.GatewayServiceStub(self._channel(self._gateway()))  # type: ignore[no-untyped-call]
         return list((await self._call(stub.ListModels, gateway_service_pb2.ListModelsRequest())).models)
 
     # --- operation ---------------------------------------------------------------------------------------------------
@@ -166,7 +166,9 @@ class InferenceClient:
         """Create or change a deployment. Equal specifications change nothing. Raises BadRequest with `param`."""
         value = spec if isinstance(spec, DeploymentSpec) else parse_deployment(spec)
         request = deployment_manager_service_pb2.ApplyDeploymentRequest(spec=wire.spec_to_proto(value))
-        return await self._at_leader(_manager, lambda stub: stub.ApplyDeployment, request)
+        response: deployment_manager_service_pb2.ApplyDeploymentResponse
+        response = await self._at_leader(_manager, lambda stub: stub.ApplyDeployment, request)
+        return response
 
     async def delete(self, name: str) -> None:
         """Drain and remove a deployment. Raises DeploymentNotFound."""
@@ -214,7 +216,8 @@ class InferenceClient:
         """
         for replica, _ in await self.replicas():
             if replica.id == replica_id:
-                stub = engine_service_pb2_grpc.EngineServiceStub(self._channel(replica.address))
+                channel = self._channel(replica.address)
+                stub = engine_service_pb2_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
                 manual = engine_service_pb2.REBUILD_CAUSE_MANUAL
                 request = engine_service_pb2.RebuildReplicaRequest(replica_id=replica_id, cause=cause or manual)
                 response: engine_service_pb2.RebuildReplicaResponse = await self._call(stub.RebuildReplica, request)
