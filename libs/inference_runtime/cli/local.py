@@ -20,7 +20,7 @@ from inference_runtime.errors import InferenceError, ServerError, Timeout
 from inference_runtime.settings import environment
 from inference_runtime.v1 import common_pb2
 
-__all__ = ["SINGLETONS", "STOP_ORDER", "Counts", "LocalCluster", "Observation", "http_get"]
+__all__ = ["SINGLETONS", "STOP_ORDER", "WORKING", "Counts", "LocalCluster", "Observation", "http_get"]
 
 SINGLETONS = ("coordinator", "deployment_manager", "metrics")
 #: Who stops before whom: first nobody asks, then nobody answers, then nobody decides, last nobody remembers.
@@ -34,6 +34,8 @@ WHAT = {
     "engine": "hosts the models",
     "gateway": "OpenAI-compatible HTTP, and gRPC",
 }
+#: States of a process that does its work.
+WORKING = frozenset({"serving", "leading", "standby", "waiting"})
 #: Seconds that running requests get when everything stops; a second Ctrl-C cuts it short.
 DRAIN_S = 5.0
 #: Settings that suit one machine, by service.
@@ -62,7 +64,8 @@ class Counts:
 class Observation:
     """What etcd and the gateways say at one moment.
 
-    `states` has, for each process by name, one of: serving, leading, standby, draining, starting, restarting, stopped.
+    `states` has, for each process by name, one of: serving, leading, standby, draining, waiting (a gateway that no replica can
+    be reached through yet), starting, restarting, stopped.
     """
 
     states: Mapping[str, str]
@@ -70,8 +73,8 @@ class Observation:
 
     @property
     def ready(self) -> bool:
-        """Whether every process does its work."""
-        return self.etcd and all(state in {"serving", "leading", "standby"} for state in self.states.values())
+        """Whether every process does its work, as far as there are deployments to serve."""
+        return self.etcd and all(state in WORKING for state in self.states.values())
 
 
 class LocalCluster:
@@ -286,18 +289,20 @@ class LocalCluster:
                 process.spec.name: tasks.create_task(http_get(url.removeprefix("http://"), "/readyz"))
                 for process, url in zip(self.of("gateway"), self.http_urls, strict=True)
             }
-        ready = {name for name, probe in probes.items() if probe.result()[0] == 200}
-        states = {name: self._state(process, registered, answers, name in ready) for name, process in self.processes.items()}
+        doors = {name: {200: "serving", 0: "starting"}.get(probe.result()[0], "waiting") for name, probe in probes.items()}
+        states = {
+            name: self._state(process, registered, answers, doors.get(name, "")) for name, process in self.processes.items()
+        }
         return Observation(states, answers)
 
-    def _state(self, process: Process, registered: Mapping[str, str], etcd: bool, ready: bool) -> str:
+    def _state(self, process: Process, registered: Mapping[str, str], etcd: bool, door: str) -> str:
         if not process.running:
             return "restarting" if process.starts else "stopped"
         match process.spec.service:
             case "etcd":
                 return "serving" if etcd else "starting"
             case "gateway":
-                return "serving" if ready else "starting"
+                return door
             case _ if not etcd:
                 return "serving" if process.starts else "starting"  # nobody can say; it runs
             case _:

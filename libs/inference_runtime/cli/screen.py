@@ -12,7 +12,14 @@ from inference_runtime.cli.processes import Process
 
 __all__ = ["Screen", "table"]
 
-COLOURS = {"serving": "green", "leading": "green", "standby": "cyan", "starting": "yellow", "draining": "yellow"}
+COLOURS = {
+    "serving": "green",
+    "leading": "green",
+    "standby": "cyan",
+    "waiting": "yellow",
+    "starting": "yellow",
+    "draining": "yellow",
+}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

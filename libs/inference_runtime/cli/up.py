@@ -170,11 +170,12 @@ async def _deploy(cluster: LocalCluster, client: EtcdClient, specs: Sequence[Dep
 
 
 async def _offered(address: str, specs: Sequence[DeploymentSpec]) -> None:
-    """Return once this gateway knows the deployments. One that wants a key is not asked."""
+    """Return once this gateway can serve and knows the deployments. One that wants a key is not asked which."""
     names = [f'"{spec.name}"'.encode() for spec in specs if spec.replicas]
-    while True:
+    while names:
+        ready, _ = await http_get(address, "/readyz")
         status, body = await http_get(address, "/v1/models")
-        if status == 401 or (status == 200 and all(name in body for name in names)):
+        if ready == 200 and (status == 401 or (status == 200 and all(name in body for name in names))):
             return
         await asyncio.sleep(MODELS_POLL_S)
 

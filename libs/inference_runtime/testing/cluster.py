@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from inference_runtime.cli.local import SINGLETONS, Counts, LocalCluster, http_get
+from inference_runtime.cli.local import SINGLETONS, WORKING, Counts, LocalCluster, http_get
 from inference_runtime.client import InferenceClient
 from inference_runtime.errors import ServerError, Timeout
 from inference_runtime.v1 import common_pb2, deployment_pb2
@@ -219,7 +219,7 @@ class Cluster:
             client = await self._local.connect(stack, timeout_s, watch=False)  # others may be dead on purpose
             try:
                 async with asyncio.timeout(timeout_s):
-                    while (await self._local.observe(client)).states[name] not in {"serving", "leading", "standby"}:
+                    while (await self._local.observe(client)).states[name] not in WORKING:
                         if not process.running:
                             raise ServerError(process.ended_sentence())
                         await asyncio.sleep(POLL_S)
