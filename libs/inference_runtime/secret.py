@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from typing import NoReturn
+from typing import NoReturn, Self
 
 __all__ = ["SecretStr"]
 
@@ -41,6 +41,12 @@ class SecretStr:
 
     def __hash__(self) -> int:
         return hash((SecretStr, self._value))
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nobody can change it, so a copy of what holds it may share it
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret cannot be pickled or copied")
