@@ -71,7 +71,7 @@ class _Parent:
             "RPC__PORT": str(self._settings.rpc.port if number == 0 else 0),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.gateway", *self._argv],
+            [sys.executable, "-P", "-m", "services.gateway", *self._argv],
             env={**environment(), **{f"INFERENCE_GATEWAY__{key}": value for key, value in own.items()}},
             pass_fds=(self._pipe,),
         )
