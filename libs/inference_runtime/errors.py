@@ -325,9 +325,14 @@ def _tree(cls: type[InferenceError]) -> list[type[InferenceError]]:
     return [cls, *(c for sub in cls.__subclasses__() for c in _tree(sub))]
 
 
-_BY_REASON: dict[str, type[InferenceError]] = {cls.reason: cls for cls in _tree(InferenceError)} | {"INTERNAL": Internal}
+_by_reason: dict[str, type[InferenceError]] = {}
 
 
 def error_class(reason: str) -> type[InferenceError]:
-    """The class with this REASON; `Internal` for one we do not know (a newer peer may send it)."""
-    return _BY_REASON.get(reason, Internal)
+    """The class with this REASON; `Internal` for one we do not know (a newer peer may send it).
+
+    Classes of this module and of every module imported so far count: a package adds an error by deriving from this tree.
+    """
+    if reason not in _by_reason:
+        _by_reason.update({cls.reason: cls for cls in _tree(InferenceError)} | {Internal.reason: Internal})
+    return _by_reason.get(reason, Internal)
