@@ -31,7 +31,8 @@ class WatchBatch:
     """What changed since the last batch.
 
     A snapshot replaces everything the reader knows; otherwise `puts` and `deletes` are applied to it. Each key is named at most
-    once: a key that was deleted and written again is a put with a new `create_revision`. Revisions never fall within a cluster.
+    once, and deletions only name keys that earlier batches put. A key that was deleted and written again is a put with a new
+    `create_revision`. Revisions never fall within a cluster.
     """
 
     snapshot: bool
@@ -123,13 +124,14 @@ class PrefixWatch:
         if update is None:
             self._stream = None
             return None
-        puts, deletes = collapse(list(update.events), after=self._revision)
+        puts, gone = collapse(list(update.events), after=self._revision)
+        self._revision = max([self._revision, *(event.kv.mod_revision for event in update.events)])
+        deletes = [key for key in gone if key in self._known]  # what came and went inside one update was never told
         if not puts and not deletes:
             return None
-        self._revision = max(event.kv.mod_revision for event in update.events)
         self._known.update((kv.key, kv.mod_revision) for kv in puts)
         for key in deletes:
-            self._known.pop(key, None)
+            del self._known[key]
         return WatchBatch(False, self._revision, self._cluster_id, puts, deletes)
 
     async def _list(self) -> WatchBatch | None:

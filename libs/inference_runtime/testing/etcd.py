@@ -129,11 +129,13 @@ class EtcdProcess:
         return self.data_dir / "etcd.log"
 
     def start(self, *, wait: bool = True) -> Self:
-        """Starts the server and waits until it is healthy. Blocks for about 0.1 s.
+        """Starts the server and waits until it is healthy; does nothing when it runs already. Blocks for about 0.1 s.
 
         Raises:
             ServerError: It did not become healthy; the message ends with its own last words.
         """
+        if self.running:
+            return self
         for attempt in range(START_ATTEMPTS):
             if not self._client_port or (attempt and not self._fixed_port and not self._initial_cluster):
                 self._client_port = _free_port()
@@ -318,6 +320,12 @@ class EtcdCluster:
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.stop()
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.__enter__)
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        await asyncio.to_thread(self.stop)
 
     def stop(self) -> None:
         """Stops every member and removes their data."""
