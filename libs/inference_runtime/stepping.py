@@ -331,8 +331,9 @@ class StepLoop:
             self._tell(self._listener.on_loaded, runner.load(self._progress))
             while not self._closing:
                 self._turn(runner)
-        except Exception as err:  # noqa: BLE001 - the thread's boundary: the listener's supervisor judges every exception
-            self._tell(self._listener.on_death, err)
+        except BaseException as err:  # noqa: BLE001 - the thread's boundary: the listener's supervisor judges every exception
+            cause = err if isinstance(err, Exception) else Internal(f"the runner ended its thread: {err!r}")
+            self._tell(self._listener.on_death, cause)
         finally:
             try:
                 if runner is not None:

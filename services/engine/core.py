@@ -1,7 +1,7 @@
 """One replica's front: admits or refuses at once, queues, and turns what the worker produces into chunks for whoever asked.
 
-`EngineCore` owns every request of the replica from admission to its end, and counts nothing: what runs and what waits is read off
-the collections that hold it. `Stream` is one such request.
+It owns every request of the replica from admission to its end, and counts nothing: what runs and what waits is read off the
+collections that hold it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import replace
-from typing import Protocol
 
 from inference_runtime.deployment import DeploymentSpec
 from inference_runtime.errors import (
@@ -28,15 +26,16 @@ from inference_runtime.errors import (
     Timeout,
     Unsupported,
 )
-from inference_runtime.generation import ChatPrompt, FinishReason, SamplingParams, TextPart, TextPrompt, TokenChunk
-from inference_runtime.runner import Codec, RunnerConfig, RunnerInfo, Runtime, StepOutput
+from inference_runtime.generation import ChatPrompt, FinishReason, SamplingParams, TextPart, TextPrompt
+from inference_runtime.runner import Codec, RunnerConfig, RunnerInfo, Runtime
 from inference_runtime.stepping import ChoiceAssembler, StepReport, check_supported, encode_prompt, fit_context
 from inference_runtime.supervision import GaveUp
 from inference_runtime.telemetry import Telemetry, get_logger
+from services.engine.stream import Outlet, Stream
 from services.engine.submission import Submission
 from services.engine.worker import Flight, Worker
 
-__all__ = ["CoreMetrics", "CoreState", "EngineCore", "Outlet", "Stream"]
+__all__ = ["CoreMetrics", "CoreState", "EngineCore"]
 
 log = get_logger(__name__)
 
@@ -54,18 +53,6 @@ class CoreState(enum.Enum):
     FAILED = "failed"
 
 
-class Outlet(Protocol):
-    """Where the chunks of a stream go. Never blocks: what is slow behind it is its own to bound."""
-
-    def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
-        """A piece of the answer; the last one has a finish reason."""
-        ...
-
-    def error(self, stream: Stream, err: InferenceError) -> None:
-        """The answer ends with this."""
-        ...
-
-
 class CoreMetrics:
     """What the cores of one process measure."""
 
@@ -79,169 +66,6 @@ class CoreMetrics:
         self.running = metrics.gauge("inference_running", "deployment", "replica")
         self.queued = metrics.gauge("inference_queued", "deployment", "replica")
         self.kv_use = metrics.gauge("inference_kv_use", "deployment", "replica")
-
-
-class Stream:
-    """One request, from admission to its last chunk. Made by EngineCore.submit; the caller may cancel it and grant credit."""
-
-    __slots__ = (
-        "_core",
-        "_credit",
-        "_first_chunk_timer",
-        "_held",
-        "_held_tokens",
-        "_plain",
-        "_total_timer",
-        "admitted_ns",
-        "admitted_s",
-        "choice",
-        "ended",
-        "flight",
-        "number",
-        "outlet",
-        "submission",
-    )
-
-    def __init__(self, core: EngineCore, number: int, submission: Submission, outlet: Outlet) -> None:
-        self._core, self.number, self.submission, self.outlet = core, number, submission, outlet
-        self.admitted_s = time.monotonic()
-        self.admitted_ns = time.time_ns()
-        self.choice: ChoiceAssembler | None = None
-        self.flight: Flight | None = None
-        #: Nothing will be produced any more. Held chunks may still wait for credit.
-        self.ended = False
-        self._credit = submission.credits
-        self._plain = not submission.credits and submission.coalesce_tokens <= 1
-        self._held: list[TokenChunk] = []
-        self._held_tokens = 0
-        self._first_chunk_timer: asyncio.TimerHandle | None = None
-        self._total_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def context_generation(self) -> int:
-        """Generation of the context that runs it."""
-        return self._core.context_generation
-
-    @property
-    def index(self) -> int:
-        """Tokens of the answer so far."""
-        return self.choice.index if self.choice is not None else len(self.submission.prefix)
-
-    def cancel(self) -> None:
-        """The caller wants no more. Nothing more is delivered, and the sequence is gone before the next step. Idempotent."""
-        self._held.clear()
-        self._core.end(self, RequestCancelled("cancelled by the caller"))
-
-    def grant(self, tokens: int) -> None:
-        """Let this many more tokens go. No meaning for a stream that was submitted without credits."""
-        if self.submission.credits:
-            self._credit += tokens
-            self._release()
-
-    # --- FlightOwner -------------------------------------------------------------------------------------------------
-
-    def on_output(self, output: StepOutput) -> None:
-        """Turn what a step made into a chunk, and deliver it."""
-        if output.error is not None:
-            err = output.error
-            self.fail(err if isinstance(err, InferenceError) else Internal(f"the sequence failed: {err!r}"))
-            return
-        if self._first_chunk_timer is not None:
-            self._first_chunk_timer.cancel()
-            self._first_chunk_timer = None
-        assert self.choice is not None
-        if self.submission.credits and len(output.token_ids) > 1:  # credit counts single tokens, so text must be cut at each
-            last = len(output.token_ids) - 1
-            for i, token in enumerate(output.token_ids):
-                logprobs = output.logprobs[i : i + 1]
-                chunk = self.choice.take(
-                    replace(
-                        output, token_ids=(token,), logprobs=logprobs, finish_reason=output.finish_reason if i == last else None
-                    )
-                )
-                self.deliver(chunk)
-                if chunk.finish_reason is not None:
-                    return
-        else:
-            self.deliver(self.choice.take(output))
-
-    def on_failure(self, err: InferenceError) -> None:
-        """The context is gone."""
-        self.fail(err)
-
-    # --- delivery ----------------------------------------------------------------------------------------------------
-
-    def deliver(self, chunk: TokenChunk) -> None:
-        """Send a chunk, or hold it until enough tokens or credit are there."""
-        if self._plain:
-            self.outlet.chunk(self, chunk)
-        else:
-            self._held.append(chunk)
-            self._held_tokens += len(chunk.token_ids)
-        if chunk.finish_reason is not None:
-            self._core.end(self, None)
-        if not self._plain:
-            self._release()
-
-    def fail(self, err: InferenceError) -> None:
-        """End with an error, after the tokens that are ready and may go. No-op once ended."""
-        if not self.ended:
-            self._core.end(self, err)
-            self._release()
-            self._held.clear()
-            self.outlet.error(self, err)
-
-    def _release(self) -> None:
-        """Send what is held, as far as coalescing and credit allow, as one chunk."""
-        if not self._held or (self._held_tokens < self.submission.coalesce_tokens and not self.ended):
-            return
-        count = len(self._held)
-        if self.submission.credits:
-            count, credit = 0, self._credit
-            for chunk in self._held:
-                if len(chunk.token_ids) > credit:
-                    break
-                credit -= len(chunk.token_ids)
-                count += 1
-            self._credit = credit
-        if count:
-            ready, self._held = self._held[:count], self._held[count:]
-            self._held_tokens -= sum(len(c.token_ids) for c in ready)
-            self.outlet.chunk(self, _join(ready))
-
-    # --- time --------------------------------------------------------------------------------------------------------
-
-    def start_clocks(self, first_chunk_s: float, total_s: float) -> None:
-        """Fail the stream when a phase takes longer than it may."""
-        loop = asyncio.get_running_loop()
-        self._total_timer = loop.call_later(total_s, self._late, "total", total_s)
-        if first_chunk_s < total_s:
-            self._first_chunk_timer = loop.call_later(first_chunk_s, self._late, "first_chunk", first_chunk_s)
-
-    def stop_clocks(self) -> None:
-        """No phase is left that could take too long."""
-        for timer in (self._first_chunk_timer, self._total_timer):
-            if timer is not None:
-                timer.cancel()
-        self._first_chunk_timer = self._total_timer = None
-
-    def _late(self, phase: str, limit_s: float) -> None:
-        what = "the first chunk" if phase == "first_chunk" else "the whole answer"
-        elapsed_s = time.monotonic() - self.admitted_s
-        self.fail(Timeout(f"{what} took longer than {limit_s:g} s", phase=phase, elapsed_s=f"{elapsed_s:.3f}"))
-
-
-def _join(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """Neighbouring chunks of one choice as one."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return replace(
-        chunks[-1],
-        index=chunks[0].index,
-        token_ids=tuple(t for c in chunks for t in c.token_ids),
-        text="".join(c.text for c in chunks),
-        logprobs=tuple(p for c in chunks for p in c.logprobs),
-    )
 
 
 class EngineCore:
@@ -454,7 +278,13 @@ class EngineCore:
     def _prepare(self, submission: Submission, info: RunnerInfo) -> tuple[Sequence[int], SamplingParams]:
         """Tokenise and fit into the context. Thread-safe: called here, or in a tokeniser thread."""
         assert self._codec is not None
-        tokens = encode_prompt(self._codec, submission.request.prompt)
+        try:
+            tokens = encode_prompt(self._codec, submission.request.prompt)
+        except InferenceError:
+            raise
+        except Exception as err:
+            log.error("tokenising failed", replica=self.replica_id, request_id=submission.request.request_id, exc_info=err)
+            raise BadRequest("the prompt cannot be tokenised by this model", param="messages") from err
         return tokens, fit_context(info, len(tokens), submission.request.sampling)
 
     def _tokenise(self, stream: Stream, info: RunnerInfo) -> None:
@@ -472,11 +302,8 @@ class EngineCore:
         err = future.exception()
         if err is None:
             self._enqueue(stream, *future.result())
-        elif isinstance(err, InferenceError):
-            stream.fail(err)
         else:
-            log.error("tokenising failed", replica=self.replica_id, request_id=stream.submission.request.request_id, exc_info=err)
-            stream.fail(BadRequest("the prompt cannot be tokenised", param="messages"))
+            stream.fail(err if isinstance(err, InferenceError) else Internal(f"tokenising failed: {err!r}"))
 
     def _enqueue(self, stream: Stream, tokens: Sequence[int], sampling: SamplingParams) -> None:
         submission = stream.submission

@@ -14,7 +14,8 @@ from inference_runtime.settings import environment
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1 import common_pb2, engine_service_pb2
 from inference_runtime.wire import capabilities_to_proto, spec_from_proto
-from services.engine.core import CoreMetrics, CoreState, EngineCore, Outlet, Stream
+from services.engine.core import CoreMetrics, CoreState, EngineCore
+from services.engine.stream import Outlet, Stream
 from services.engine.submission import submission_from_proto
 
 __all__ = ["Replicas"]

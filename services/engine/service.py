@@ -12,9 +12,9 @@ from inference_runtime.generation import TokenChunk
 from inference_runtime.rpc import remaining_s
 from inference_runtime.telemetry import Gauge
 from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
-from services.engine.core import Stream
 from services.engine.replicas import Replicas
 from services.engine.session import Session, chunk_detail
+from services.engine.stream import Stream
 
 if TYPE_CHECKING:
     import grpc

@@ -18,7 +18,7 @@ from inference_runtime.rpc import status_from_error
 from inference_runtime.telemetry import get_logger
 from inference_runtime.v1 import common_pb2, engine_service_pb2
 from inference_runtime.wire import logprob_to_proto, usage_to_proto
-from services.engine.core import Outlet, Stream
+from services.engine.stream import Outlet, Stream
 
 __all__ = ["PROTOCOL_VERSION", "Session", "SessionHost", "chunk_detail", "error_detail"]
 
@@ -104,6 +104,7 @@ class Session:
 
     def __init__(self, host: SessionHost, max_waiting: int) -> None:
         self._host, self._max_waiting = host, max_waiting
+        self._page = min(MAX_ROWS, max_waiting)
         self._streams: dict[int, Stream] = {}
         self._first: deque[engine_service_pb2.SessionResponse] = deque()  # messages that go before all chunks
         self._full: deque[_Columns] = deque()
@@ -115,7 +116,7 @@ class Session:
     @property
     def waiting(self) -> int:
         """Chunks that wait for the reader."""
-        return len(self._full) * MAX_ROWS + len(self._columns.stream_ids)
+        return len(self._full) * self._page + len(self._columns.stream_ids)
 
     async def run(
         self,
@@ -252,13 +253,12 @@ class Session:
         self._added()
 
     def _added(self) -> None:
-        if len(self._columns.stream_ids) >= MAX_ROWS:
+        if len(self._columns.stream_ids) >= self._page:
             self._full.append(self._columns)
             self._columns = _Columns()
-        if not self._wake.is_set():
-            self._wake.set()
-        elif self.waiting > self._max_waiting:
-            self._overrun.set()
+            if self.waiting >= self._max_waiting:
+                self._overrun.set()
+        self._wake.set()
 
     # --- writing -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from inference_runtime.errors import Backpressure, ContextPoisoned, InferenceError
+from inference_runtime.errors import Backpressure, ContextPoisoned, InferenceError, Internal
 from inference_runtime.generation import SamplingParams
 from inference_runtime.runner import RunnerConfig, RunnerInfo, Runtime, StepOutput, StepRequest
 from inference_runtime.stepping import StepReport
@@ -195,7 +195,12 @@ class Worker:
             if output.finish_reason is not None or output.error is not None:
                 del flights[output.sequence_id]
             flight.generated += output.token_ids
-            flight.owner.on_output(output)
+            try:
+                flight.owner.on_output(output)
+            except Exception as err:
+                log.error("output not delivered", replica=self._name, sequence=output.sequence_id, exc_info=err)
+                self.abort(flight)  # the others of this step must not suffer
+                flight.owner.on_failure(Internal(f"output cannot be delivered: {err!r}"))
         self.kv_use = report.kv_use
         self._listener.on_report(report)
 
