@@ -15,6 +15,7 @@ from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1 import common_pb2, engine_service_pb2
 from inference_runtime.wire import capabilities_to_proto, spec_from_proto
 from services.engine.core import CoreMetrics, CoreState, EngineCore
+from services.engine.settings import EngineSettings
 from services.engine.stream import Outlet, Stream
 from services.engine.submission import submission_from_proto
 
@@ -46,8 +47,7 @@ class Replicas:
 
     Args:
         engine: This engine's record. Its address is set before the first assignment.
-        drain_timeout_s: Time that running requests of a stopped replica get.
-        tokenise_threads: Threads that tokenise long prompts, for all replicas together.
+        settings: Drain time-out and tokeniser threads.
         telemetry: Where metrics go.
         publish: Called with a replica whenever its record changed.
         withdraw: Called with deployment and id once a replica is gone.
@@ -56,19 +56,18 @@ class Replicas:
     def __init__(
         self,
         engine: common_pb2.Engine,
-        *,
-        drain_timeout_s: float,
-        tokenise_threads: int,
+        settings: EngineSettings,
         telemetry: Telemetry,
+        *,
         publish: Callable[[common_pb2.Replica], None],
         withdraw: Callable[[str, str], None],
     ) -> None:
         self.engine = engine
         self.draining = False
-        self._drain_timeout_s = drain_timeout_s
+        self._drain_timeout_s = settings.drain_timeout_s
         self._publish, self._withdraw = publish, withdraw
         self._metrics = CoreMetrics(telemetry)
-        self._tokenisers = ThreadPoolExecutor(tokenise_threads, thread_name_prefix="tokenise")
+        self._tokenisers = ThreadPoolExecutor(settings.tokenise_threads, thread_name_prefix="tokenise")
         self._hosted: dict[str, _Hosted] = {}
         self._group: asyncio.TaskGroup | None = None
         self._changed = asyncio.Event()  # set and replaced at each change of a core

@@ -26,6 +26,7 @@ from inference_runtime.v1 import common_pb2, engine_service_pb2, engine_service_
 from inference_runtime.wire import duration, request_to_proto, spec_to_proto, usage_from_proto
 from services.engine.replicas import Replicas
 from services.engine.service import EngineService
+from services.engine.settings import EngineSettings
 
 WAIT_S = 10.0
 TEN_TOKENS = SamplingParams(max_tokens=10)
@@ -77,13 +78,14 @@ class EngineUnderTest:
         self.telemetry = Telemetry("engine", TelemetrySettings())
         self.published: list[common_pb2.Replica] = []
         self.withdrawn: list[str] = []
+        self.on_publish: Callable[[common_pb2.Replica], None] | None = None
+        self.on_withdraw: Callable[[str, str], None] | None = None
         self.replicas = Replicas(
             common_pb2.Engine(id="engine-1", boot_id="boot-1"),
-            drain_timeout_s=5.0,
-            tokenise_threads=2,
-            telemetry=self.telemetry,
-            publish=self.published.append,
-            withdraw=lambda deployment, replica_id: self.withdrawn.append(replica_id),
+            EngineSettings(drain_timeout_s=5.0),
+            self.telemetry,
+            publish=self._published,
+            withdraw=self._withdrawn,
         )
         self.service = EngineService(
             self.replicas,
@@ -91,6 +93,16 @@ class EngineUnderTest:
             self.telemetry.metrics.gauge("inference_sessions"),
         )
         self.address = ""
+
+    def _published(self, replica: common_pb2.Replica) -> None:
+        self.published.append(replica)
+        if self.on_publish is not None:
+            self.on_publish(replica)
+
+    def _withdrawn(self, deployment: str, replica_id: str) -> None:
+        self.withdrawn.append(replica_id)
+        if self.on_withdraw is not None:
+            self.on_withdraw(deployment, replica_id)
 
     def replica(self, replica_id: str) -> common_pb2.Replica:
         """The present record."""
