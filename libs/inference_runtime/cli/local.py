@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +113,8 @@ class LocalCluster:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.processes: dict[str, Process] = {}
         self._extra = extra or {}
+        # Tells this cluster's engines from those of others that share its etcd.
+        self._suffix = hashlib.sha256(f"{socket.gethostname()} {self.state_dir}".encode()).hexdigest()[:6]
         self._workers = gateway_workers
         self._ports: list[Port] = []
         try:
@@ -189,6 +193,9 @@ class LocalCluster:
         if service == "gateway":
             http = self._http[number]
             wiring |= {"HTTP__HOST": http.host, "HTTP__PORT": str(http.number), "WORKERS": str(self._workers)}
+        if service == "engine":
+            # The same after a restart: an engine finds its assignments again at once, instead of when its old lease has run out.
+            wiring |= {"ENGINE_ID": f"{name}-{self._suffix}"}
         prefix = f"INFERENCE_{service.upper()}__"
         # What a person exported wins over our defaults, and nothing over the wiring.
         whole = (
