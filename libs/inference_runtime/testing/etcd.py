@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,6 +33,8 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 #: Starts that are tried when another process took a port first.
 START_ATTEMPTS = 5
+#: Where ports are taken from.
+PORTS = (20000, 32000)
 #: Pause between two looks at a condition, seconds.
 POLL_S = 0.01
 
@@ -137,7 +140,7 @@ class EtcdProcess:
         if self.running:
             return self
         for attempt in range(START_ATTEMPTS):
-            if not self._client_port or (attempt and not self._fixed_port and not self._initial_cluster):
+            if not self._fixed_port:
                 self._client_port = _free_port()
             if not self._peer_port or (attempt and not self._initial_cluster):
                 self._peer_port = _free_port()
@@ -147,9 +150,12 @@ class EtcdProcess:
                     self.wait_healthy()
             except ServerError:
                 self.kill()
-                if attempt + 1 < START_ATTEMPTS and "address already in use" in self._last_words():
+                words = self._last_words()
+                ours_is_taken = self._fixed_port and f":{self._fixed_port}: bind: address already in use" in words
+                if attempt + 1 < START_ATTEMPTS and "address already in use" in words and not ours_is_taken:
                     continue
                 raise
+            self._fixed_port = self._client_port  # clients know it now
             return self
         raise AssertionError("unreachable")
 
@@ -335,9 +341,16 @@ class EtcdCluster:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port below the range that outgoing connections take theirs from (Linux: 32768 and up). Inside it, a client that
+    tries to reach a server which is down may connect to itself, and then holds the very port that the server needs."""
+    while True:
+        port = random.randint(*PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def _wait_for(condition: Callable[[], bool], timeout_s: float, complaint: Callable[[], str]) -> None:
