@@ -36,17 +36,20 @@ async def serve(settings: CoordinatorSettings, telemetry: Telemetry) -> None:
         server = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
         server.add(add_CoordinatorServiceServicer_to_server, service, "inference_runtime.v1.CoordinatorService")
         bound = await server.start()
-        election = Election(etcd, ROLE, Candidate.here(settings.rpc.advertise or bound), ttl_s=s.lease_ttl_s)
+        address = settings.rpc.advertise or bound
+        election = Election(etcd, ROLE, Candidate.here(address), ttl_s=s.lease_ttl_s)
         async with asyncio.TaskGroup() as group:
             observing, campaign = group.create_task(leaders.run()), group.create_task(election.run(service.lead))
-            await server.set_serving(True)  # leading or not: a follower answers with the leader's address
-            log.info("serving", address=settings.rpc.advertise or bound)
-            await stop.wait()
-            await server.set_serving(False)
-            campaign.cancel()
-            await asyncio.wait([campaign])  # it resigns: the next leader begins now, and the callers can be told who it is
-            await server.stop(settings.grace_s)
-            observing.cancel()
+            try:
+                await server.set_serving(True)  # leading or not: a follower answers with the leader's address
+                log.info("serving", address=address)
+                await stop.wait()
+            finally:
+                await server.set_serving(False)
+                campaign.cancel()
+                await asyncio.wait([campaign])  # it resigns: the next leader begins, and callers can be told who it is
+                await server.stop(settings.grace_s)
+                observing.cancel()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from inference_runtime.wire import duration
 from services.coordinator.load import better_of_two
 from services.coordinator.registrar import Registrar
 from services.coordinator.settings import CoordinatorSettings
-from services.coordinator.table import Table
+from services.coordinator.table import Table, TableGauges
 
 __all__ = ["ROLE", "CoordinatorService"]
 
@@ -51,12 +51,11 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         self._draw = random.Random()
         self._office: _Office | None = None
         self._leads = metrics.gauge("inference_leader", "role")
-        self._revision = metrics.gauge("inference_route_table_revision")
-        self._replicas = metrics.gauge("inference_replicas", "deployment", "state")
+        self._gauges = TableGauges(metrics)
 
     async def lead(self, term: Term) -> None:
         """Answer and push the table until cancelled, which is how a term ends."""
-        table = Table(self._client, self._settings, term.token.to_proto())
+        table = Table(self._client, self._settings, term.token.to_proto(), self._gauges)
         registrar = Registrar(self._client, term, self._settings.registration_ttl_s)
         self._office = _Office(table, registrar)
         self._leads.set(1, ROLE)

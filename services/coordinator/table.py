@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
-from inference_runtime.telemetry import get_logger
+from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2, deployment_pb2
 from services.coordinator.load import LoadBook
 from services.coordinator.panic import LossGuard
 from services.coordinator.routing import RouteTable, build_table, diff_tables
 from services.coordinator.settings import CoordinatorSettings
 
-__all__ = ["Subscription", "Table"]
+__all__ = ["Subscription", "Table", "TableGauges"]
 
 log = get_logger(__name__)
 
@@ -39,6 +40,29 @@ _KINDS: dict[str, type[Message]] = {
 }
 
 
+class TableGauges:
+    """What is published of a table."""
+
+    def __init__(self, metrics: MetricSet) -> None:
+        self._revision = metrics.gauge("inference_route_table_revision")
+        self._replicas = metrics.gauge("inference_replicas", "deployment", "state")
+
+    def show(self, revision: int, replicas: Iterable[common_pb2.Replica]) -> None:
+        """Publish the present."""
+        counts = Counter(
+            (r.deployment, common_pb2.ReplicaState.Name(r.state).removeprefix("REPLICA_STATE_").lower()) for r in replicas
+        )
+        self.clear()
+        self._revision.set(revision)
+        for labels, count in counts.items():
+            self._replicas.set(count, *labels)
+
+    def clear(self) -> None:
+        """Publish nothing: who does not lead knows nothing."""
+        self._revision.clear()
+        self._replicas.clear()
+
+
 class Table:
     """The table while this process leads.
 
@@ -46,13 +70,16 @@ class Table:
         client: etcd.
         settings: Intervals.
         token: The term, sent along with every message.
+        gauges: Where its size is published.
     """
 
-    def __init__(self, client: EtcdClient, settings: CoordinatorSettings, token: common_pb2.FencingToken) -> None:
+    def __init__(
+        self, client: EtcdClient, settings: CoordinatorSettings, token: common_pb2.FencingToken, gauges: TableGauges
+    ) -> None:
         self.settings, self.token = settings, token
         self.table = RouteTable()
         self.loads = LoadBook(settings.load_ttl_s)
-        self._client = client
+        self._client, self._gauges = client, gauges
         self._revision = 0
         self._deployments: dict[str, deployment_pb2.Deployment] = {}
         self._engines: dict[str, common_pb2.Engine] = {}
@@ -72,6 +99,7 @@ class Table:
                 tasks.create_task(self._publish())
         finally:
             self.ended = True
+            self._gauges.clear()
             self._ready.set()
             for watcher in self._watchers:
                 watcher.wake.set()
@@ -183,6 +211,7 @@ class Table:
         )
         change = diff_tables(self.table, table)
         self.table = RouteTable(change.revision, table.lines)
+        self._gauges.show(change.revision, self._replicas.values())
         self.loads.keep({r.id for r in self._replicas.values()} | self.table.replica_ids(), now_s)
         if change:
             for watcher in self._watchers:

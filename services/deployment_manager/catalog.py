@@ -46,7 +46,7 @@ def accept(
     """
     try:
         spec = spec_from_proto(asked)
-    except json_format.Error as err:  # a Struct holds NaN and infinity, JSON does not
+    except (json_format.Error, ValueError) as err:  # a Struct holds NaN and infinity, JSON does not
         raise BadRequest(f"deployment {asked.name!r}: runtime_config is not JSON: {err}", param="runtime_config") from err
     runtime = infer_runtime(spec, environment, list(registered))
     proto = spec_to_proto(spec)
