@@ -190,13 +190,9 @@ class ChoiceAssembler:
         if len(tokens) == 1:
             certain = text.feed(tokens[0])
         else:
-            pieces = []
-            for count, token in enumerate(tokens, 1):
-                pieces.append(text.feed(token))
-                if text.stopped:
-                    tokens, logprobs = tokens[:count], logprobs[:count]
-                    break
-            certain = "".join(pieces)
+            certain, used = text.feed_all(tokens)
+            if used < len(tokens):
+                tokens, logprobs = tokens[:used], logprobs[:used]
         self.index = index + len(tokens)
         if text.stop_sequence:
             finish = FinishReason.STOP

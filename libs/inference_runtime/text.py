@@ -7,7 +7,7 @@ assembler that replayed a prefix goes on exactly as the one that produced it: th
 from __future__ import annotations
 
 from codecs import utf_8_decode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 __all__ = ["TextAssembler", "TokenBytes"]
@@ -95,6 +95,18 @@ class TextAssembler:
             self._pending = data[used:]
         return self._until_stop(text) if self._stops else text
 
+    def feed_all(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """As `feed` for each, and how many were used: all, or those up to the one that completed a stop string."""
+        if not self._stops:
+            self.tokens += len(token_ids)
+            data = self._pending + b"".join(map(self._codec.token_bytes, token_ids))
+            text, used = utf_8_decode(data, "replace", False)
+            self._pending = data[used:]
+            return text, len(token_ids)
+        before = self.tokens
+        pieces = [self.feed(token_id) for token_id in token_ids]
+        return "".join(pieces), self.tokens - before
+
     def finish(self) -> str:
         """The rest of the text, once no token follows: what was held back, and U+FFFD for half a character."""
         if self.stop_sequence:
@@ -109,10 +121,9 @@ class TextAssembler:
             self._held = ""
         return text
 
-    def replay(self, prefix: Iterable[int]) -> None:
+    def replay(self, prefix: Sequence[int]) -> None:
         """Feed tokens whose text was delivered elsewhere."""
-        for token_id in prefix:
-            self.feed(token_id)
+        self.feed_all(prefix)
 
     def _until_stop(self, text: str) -> str:
         """Move `text` past the stop strings and return what is certain of it and of what was held back."""

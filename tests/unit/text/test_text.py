@@ -104,6 +104,20 @@ def test_a_replayed_prefix_goes_on_as_the_original(text: str, stops: list[str], 
     assert (second.stop_sequence, second.tokens) == (first.stop_sequence, first.tokens)
 
 
+@given(st.binary(max_size=30), STOPS, CUTS, st.integers(0, 40))
+def test_feeding_several_tokens_at_once_is_feeding_each(data: bytes, stops: list[str], places: list[int], at: int) -> None:
+    """A step of several tokens, a replay, and single steps: the same text, the same count."""
+    tokens = cut(data, places)
+    at = min(at, len(tokens))
+    single, first = pieces(tokens, stops)
+    second = TextAssembler(Bytes(tokens), stops)
+    before, used_before = second.feed_all(range(at))
+    after, used_after = second.feed_all(range(at, len(tokens)))
+    assert before + after + second.finish() == "".join(single)
+    assert used_before + used_after == second.tokens == first.tokens
+    assert second.stop_sequence == first.stop_sequence
+
+
 @given(TEXTS, STOPS, CUTS)
 def test_tokens_counts_to_the_one_that_completed_the_stop_string(text: str, stops: list[str], places: list[int]) -> None:
     """Tokens after it do not count."""
