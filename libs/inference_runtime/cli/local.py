@@ -197,10 +197,11 @@ class LocalCluster:
             # The same after a restart: an engine finds its assignments again at once, instead of when its old lease has run out.
             wiring |= {"ENGINE_ID": f"{name}-{self._suffix}"}
         prefix = f"INFERENCE_{service.upper()}__"
+        defaults = dict(DEFAULTS.get(service, {}))
+        if service == "metrics":
+            defaults["INFERENCE_METRICS__STATE_DIR"] = str(self.state_dir / "metrics")  # candidates share it: the leader writes
         # What a person exported wins over our defaults, and nothing over the wiring.
-        whole = (
-            DEFAULTS.get(service, {}) | dict(environment()) | dict(self._extra.get("*", {})) | dict(self._extra.get(service, {}))
-        )
+        whole = {**defaults, **environment(), **self._extra.get("*", {}), **self._extra.get(service, {})}
         whole |= {prefix + key: value for key, value in wiring.items()}
         # -P: a folder called "services" in the working directory is not ours.
         argv = [sys.executable, "-P", "-m", f"services.{service}"]
