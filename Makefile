@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PROTO  := .venv-proto
 # Versions that were run together. TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu keeps CUDA packages out where PyPI's
 # default torch brings them.
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 UP     ?=
 
 .PHONY: help setup up test check format e2e bench proto clean
@@ -42,7 +42,7 @@ $(VENV)/.dev: $(VENV)/.run
 # The code generators pin an older protobuf, so they live apart.
 $(PROTO)/.done:
 	@$(PYTHON) -m venv $(PROTO)
-	@$(PROTO)/bin/python -m pip --disable-pip-version-check -q install grpcio-tools==1.80.0 buf-bin==1.75.0
+	@$(PROTO)/bin/python -m pip --disable-pip-version-check -qq install grpcio-tools==1.80.0 buf-bin==1.75.0
 	@touch $@
 
 setup: $(VENV)/.dev
