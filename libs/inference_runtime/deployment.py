@@ -74,6 +74,9 @@ class DeploymentSpec(StrictModel):
     timeouts: Timeouts = Timeouts()
     accelerators: int = Field(default=0, ge=0, le=64, description="accelerators one replica needs")
     node_labels: dict[str, str] = Field(default_factory=dict, description="labels a node must carry")
+    isolation: Literal["auto", "thread", "process"] = Field(
+        default="auto", description="what restarts after a fault: a thread, or a child process; auto: a process with accelerators"
+    )
 
     @field_validator("name")
     @classmethod

@@ -29,6 +29,7 @@ __all__ = [
     "NoReplica",
     "NotLeader",
     "PayloadTooLarge",
+    "Quarantined",
     "RateLimited",
     "RequestCancelled",
     "Retry",
@@ -174,6 +175,14 @@ class PayloadTooLarge(BadRequest):
     reason = "PAYLOAD_TOO_LARGE"
     http_status = 413
     http_code = "payload_too_large"
+
+
+class Quarantined(BadRequest):
+    """The request was present at the death of two contexts and is refused for a while. It may be what kills them."""
+
+    reason = "REQUEST_QUARANTINED"
+    http_status = 422
+    http_code = "request_quarantined"
 
 
 class Unauthorized(InferenceError):

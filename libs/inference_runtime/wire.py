@@ -241,6 +241,11 @@ def logprob_from_proto(p: generation_pb2.TokenLogprob) -> g.TokenLogprob:
 
 # --- deployments -----------------------------------------------------------------------------------------------------
 
+_ISOLATIONS = {
+    "auto": deployment_pb2.ISOLATION_UNSPECIFIED,
+    "thread": deployment_pb2.ISOLATION_THREAD,
+    "process": deployment_pb2.ISOLATION_PROCESS,
+}
 _POLICIES = {"queue": deployment_pb2.CAPACITY_POLICY_QUEUE, "reject": deployment_pb2.CAPACITY_POLICY_REJECT}
 
 
@@ -265,6 +270,7 @@ def spec_to_proto(spec: d.DeploymentSpec) -> deployment_pb2.DeploymentSpec:
         ),
         accelerators=spec.accelerators,
         node_labels=spec.node_labels,
+        isolation=_ISOLATIONS[spec.isolation],
     )
 
 
@@ -303,6 +309,7 @@ def spec_from_proto(p: deployment_pb2.DeploymentSpec) -> d.DeploymentSpec:
         "timeouts": timeouts,
         "accelerators": p.accelerators,
         "node_labels": dict(p.node_labels),
+        "isolation": next((name for name, value in _ISOLATIONS.items() if value == p.isolation), "auto"),
     }
     return d.parse_deployment(document, f"deployment {p.name!r}")
 

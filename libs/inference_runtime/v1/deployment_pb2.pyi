@@ -18,6 +18,12 @@ class CapacityPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CAPACITY_POLICY_QUEUE: _ClassVar[CapacityPolicy]
     CAPACITY_POLICY_REJECT: _ClassVar[CapacityPolicy]
 
+class Isolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ISOLATION_UNSPECIFIED: _ClassVar[Isolation]
+    ISOLATION_THREAD: _ClassVar[Isolation]
+    ISOLATION_PROCESS: _ClassVar[Isolation]
+
 class DeploymentState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DEPLOYMENT_STATE_UNSPECIFIED: _ClassVar[DeploymentState]
@@ -30,6 +36,9 @@ class DeploymentState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 CAPACITY_POLICY_UNSPECIFIED: CapacityPolicy
 CAPACITY_POLICY_QUEUE: CapacityPolicy
 CAPACITY_POLICY_REJECT: CapacityPolicy
+ISOLATION_UNSPECIFIED: Isolation
+ISOLATION_THREAD: Isolation
+ISOLATION_PROCESS: Isolation
 DEPLOYMENT_STATE_UNSPECIFIED: DeploymentState
 DEPLOYMENT_STATE_PENDING: DeploymentState
 DEPLOYMENT_STATE_LOADING: DeploymentState
@@ -59,7 +68,7 @@ class Timeouts(_message.Message):
     def __init__(self, first_chunk: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("name", "model", "runtime", "replicas", "runtime_config", "serving", "timeouts", "accelerators", "node_labels")
+    __slots__ = ("name", "model", "runtime", "replicas", "runtime_config", "serving", "timeouts", "accelerators", "node_labels", "isolation")
     class NodeLabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +85,7 @@ class DeploymentSpec(_message.Message):
     TIMEOUTS_FIELD_NUMBER: _ClassVar[int]
     ACCELERATORS_FIELD_NUMBER: _ClassVar[int]
     NODE_LABELS_FIELD_NUMBER: _ClassVar[int]
+    ISOLATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     runtime: str
@@ -85,7 +95,8 @@ class DeploymentSpec(_message.Message):
     timeouts: Timeouts
     accelerators: int
     node_labels: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., runtime: _Optional[str] = ..., replicas: _Optional[int] = ..., runtime_config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., timeouts: _Optional[_Union[Timeouts, _Mapping]] = ..., accelerators: _Optional[int] = ..., node_labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    isolation: Isolation
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., runtime: _Optional[str] = ..., replicas: _Optional[int] = ..., runtime_config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., timeouts: _Optional[_Union[Timeouts, _Mapping]] = ..., accelerators: _Optional[int] = ..., node_labels: _Optional[_Mapping[str, str]] = ..., isolation: _Optional[_Union[Isolation, str]] = ...) -> None: ...
 
 class DeploymentStatus(_message.Message):
     __slots__ = ("state", "reason", "observed_generation", "ready_replicas", "changed_at")

@@ -210,3 +210,13 @@ class RebuildReplicaResponse(_message.Message):
     CONTEXT_GENERATION_FIELD_NUMBER: _ClassVar[int]
     context_generation: int
     def __init__(self, context_generation: _Optional[int] = ...) -> None: ...
+
+class ResetReplicaRequest(_message.Message):
+    __slots__ = ("replica_id",)
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    def __init__(self, replica_id: _Optional[str] = ...) -> None: ...
+
+class ResetReplicaResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -50,6 +50,11 @@ class EngineServiceStub(object):
                 request_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineRequest.SerializeToString,
                 response_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineResponse.FromString,
                 _registered_method=True)
+        self.ResetReplica = channel.unary_unary(
+                '/inference_runtime.v1.EngineService/ResetReplica',
+                request_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaRequest.SerializeToString,
+                response_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaResponse.FromString,
+                _registered_method=True)
         self.RebuildReplica = channel.unary_unary(
                 '/inference_runtime.v1.EngineService/RebuildReplica',
                 request_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.RebuildReplicaRequest.SerializeToString,
@@ -83,6 +88,13 @@ class EngineServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetReplica(self, request, context):
+        """ResetReplica arms a replica again that gave up: its restarts are forgotten and a new context is started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RebuildReplica(self, request, context):
         """RebuildReplica replaces a replica's context or remote session by hand.
         """
@@ -107,6 +119,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.GetEngine,
                     request_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineRequest.FromString,
                     response_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineResponse.SerializeToString,
+            ),
+            'ResetReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetReplica,
+                    request_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaRequest.FromString,
+                    response_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaResponse.SerializeToString,
             ),
             'RebuildReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.RebuildReplica,
@@ -196,6 +213,33 @@ class EngineService(object):
             '/inference_runtime.v1.EngineService/GetEngine',
             inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineRequest.SerializeToString,
             inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_runtime.v1.EngineService/ResetReplica',
+            inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaRequest.SerializeToString,
+            inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,
