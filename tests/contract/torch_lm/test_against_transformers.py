@@ -118,7 +118,7 @@ def test_greedy_text_is_that_of_generate(make_llama: MakeLlama, drive: Drive) ->
 
 
 def test_the_demo_model_loads_in_transformers_and_says_the_same(demo: Any) -> None:
-    model = transformers.LlamaForCausalLM.from_pretrained(DEMO_FOLDER)
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(DEMO_FOLDER)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)
     assert model.dtype == torch.float32
     for asked in ("Explain how a request travels.", "What is a banana doing in my engine?", "What is 3 + 4?"):

@@ -80,7 +80,7 @@ class Sequence:
 
     def finish_reason(self) -> FinishReason | None:
         """Why no further token follows the last one; None while it goes on."""
-        if self.output_tokens and self.tokens[-1] in self.stop_token_ids and self.output_tokens > self.min_tokens:
+        if self.output_tokens and self.tokens[-1] in self.stop_token_ids:
             return FinishReason.STOP
         if self.output_tokens >= self.max_tokens or len(self.tokens) >= self.context_tokens:
             return FinishReason.LENGTH
