@@ -1,37 +1,29 @@
-"""The commands of `inferctl`: parse, call, print. Every failure is one sentence on stderr and an exit code."""
+"""The commands of `inferctl`: parse, call, print. Every failure is one sentence on stderr and an exit code.
+
+Each command imports what it needs when it runs: `chat` starts without gRPC and without the control plane's messages.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
-from google.protobuf import json_format
-from google.protobuf.message import Message
-from rich.console import Console
 
 from inference_runtime import __version__
-from inference_runtime.cli.chat import ChatOptions, answer, converse
-from inference_runtime.cli.cluster_file import Located, default_state_dir, locate
-from inference_runtime.cli.local import Counts
-from inference_runtime.cli.screen import table
-from inference_runtime.cli.up import UpOptions, run_up
-from inference_runtime.client import InferenceClient
-from inference_runtime.deployment import load_project
+from inference_runtime.cli.cluster_file import default_state_dir, locate
 from inference_runtime.errors import BadRequest, InferenceError
-from inference_runtime.settings import environment
-from inference_runtime.v1 import common_pb2, deployment_pb2
+
+if TYPE_CHECKING:
+    from inference_runtime.client import InferenceClient
 
 __all__ = ["main"]
 
 #: Seconds that `apply --wait` waits for each deployment.
 APPLY_WAIT_S = 300.0
-
-T = TypeVar("T")
 
 _etcd = click.option("--etcd", envvar="INFERENCE_ETCD", default="", metavar="HOST:PORT", help="Members of the cluster's etcd.")
 _state_dir = click.option(
@@ -71,6 +63,11 @@ def up(
     log_level: str | None,
 ) -> None:
     """Serve on this machine: etcd, coordinator, deployment manager, metrics, engines, gateways. Ctrl-C stops all."""
+    from rich.console import Console
+
+    from inference_runtime.cli.local import Counts
+    from inference_runtime.cli.up import UpOptions, run_up
+
     options = UpOptions(
         state_dir=state_dir or default_state_dir(),
         host=host,
@@ -92,6 +89,9 @@ def up(
 @_state_dir
 def apply(project: Path, wait: bool, etcd: str, state_dir: Path | None) -> None:
     """Create or change the deployments of a project file."""
+    from inference_runtime.cli.views import with_client
+    from inference_runtime.deployment import load_project
+
     specs = load_project(project).deployment
 
     async def work(client: InferenceClient) -> None:
@@ -103,7 +103,7 @@ def apply(project: Path, wait: bool, etcd: str, state_dir: Path | None) -> None:
             await client.wait_serving(spec.name, APPLY_WAIT_S)
             click.echo(f"deployment {spec.name}: serving")
 
-    _with_client(locate(etcd, state_dir), work)
+    with_client(locate(etcd, state_dir), work)
 
 
 @cli.command()
@@ -112,7 +112,9 @@ def apply(project: Path, wait: bool, etcd: str, state_dir: Path | None) -> None:
 @_state_dir
 def delete(name: str, etcd: str, state_dir: Path | None) -> None:
     """Drain and remove the deployment NAME."""
-    _with_client(locate(etcd, state_dir), lambda client: client.delete(name))
+    from inference_runtime.cli.views import with_client
+
+    with_client(locate(etcd, state_dir), lambda client: client.delete(name))
     click.echo(f"deployment {name}: deleted")
 
 
@@ -123,8 +125,13 @@ def delete(name: str, etcd: str, state_dir: Path | None) -> None:
 @_state_dir
 def get(kind: str, output: str, etcd: str, state_dir: Path | None) -> None:
     """Show deployments, engines, replicas or leaders."""
-    read, columns = _KINDS[kind]
-    found = _with_client(locate(etcd, state_dir), read)
+    from rich.console import Console
+
+    from inference_runtime.cli.screen import table
+    from inference_runtime.cli.views import KINDS, with_client
+
+    read, columns = KINDS[kind]
+    found = with_client(locate(etcd, state_dir), read)
     if output == "json":
         click.echo(json.dumps([document for document, _ in found], indent=1))
     elif found:
@@ -142,6 +149,7 @@ def get(kind: str, output: str, etcd: str, state_dir: Path | None) -> None:
 @click.option("--max-tokens", type=click.IntRange(1), help="Largest number of tokens of an answer.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy.")
 @click.option("--seed", type=int, help="Makes an answer repeat.")
+@click.option("--api-key", envvar="INFERENCE_API_KEY", default="", help="Better set INFERENCE_API_KEY: flags are seen by others.")
 @click.option("--http", "address", default="", metavar="HOST:PORT", help="Gateway to talk to; else that of the running `up`.")
 @_etcd
 @_state_dir
@@ -152,18 +160,21 @@ def chat(
     max_tokens: int | None,
     temperature: float | None,
     seed: int | None,
+    api_key: str,
     address: str,
     etcd: str,
     state_dir: Path | None,
 ) -> None:
     """Talk to DEPLOYMENT. Ctrl-C stops an answer, Ctrl-D leaves."""
+    from inference_runtime.cli.chat import ChatOptions, answer, converse
+
     http_address = (address or locate(etcd, state_dir).http).removeprefix("http://").rstrip("/")
     if not http_address:
         raise BadRequest("this cluster's gateway is not known from etcd; name it with --http host:port")
     options = ChatOptions(
         http_address,
         deployment,
-        api_key=environment().get("INFERENCE_API_KEY", ""),
+        api_key=api_key,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -173,74 +184,6 @@ def chat(
         answer(options, once, sys.stdout)
     else:
         converse(options, sys.stdout)
-
-
-# --- reading a cluster -----------------------------------------------------------------------------------------------
-
-_Found = list[tuple[Mapping[str, Any], Sequence[str]]]
-
-
-def _name(enum: Any, value: int, prefix: str) -> str:
-    return str(enum.Name(value)).removeprefix(prefix).lower()
-
-
-def _document(message: Message) -> dict[str, Any]:
-    return json_format.MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-async def _deployments(client: InferenceClient) -> _Found:
-    found: _Found = []
-    for d in await client.deployments():
-        state = _name(deployment_pb2.DeploymentState, d.status.state, "DEPLOYMENT_STATE_")
-        ready = f"{d.status.ready_replicas}/{d.spec.replicas}"
-        found.append((_document(d), (d.spec.name, d.spec.model, d.runtime, state, ready, str(d.generation), d.status.reason)))
-    return found
-
-
-async def _engines(client: InferenceClient) -> _Found:
-    found: _Found = []
-    for e in await client.engines():
-        state = _name(common_pb2.EngineState, e.state, "ENGINE_STATE_")
-        devices = ", ".join(a.name for a in e.node.accelerators) or f"{e.node.cpu_cores} CPU cores"
-        found.append((_document(e), (e.id, e.address, str(e.pid), state, e.node.hostname, devices, ", ".join(e.runtimes))))
-    return found
-
-
-async def _replicas(client: InferenceClient) -> _Found:
-    found: _Found = []
-    for r, load in await client.replicas():
-        state = _name(common_pb2.ReplicaState, r.state, "REPLICA_STATE_")
-        busy = (str(load.running), str(load.queued))
-        row = (r.deployment, r.id, r.engine_id, state, *busy, str(r.restarts), r.reason)
-        found.append(({"replica": _document(r), "load": _document(load)}, row))
-    return found
-
-
-async def _leaders(client: InferenceClient) -> _Found:
-    found: _Found = []
-    for role, leader in (await client.leaders()).items():
-        if leader is None:
-            found.append(({"role": role}, (role, "nobody", "", "", "")))
-        else:
-            term = str(leader.token.revision)
-            found.append((_document(leader), (role, leader.candidate_id, leader.address, str(leader.pid), term)))
-    return found
-
-
-_KINDS: dict[str, tuple[Callable[[InferenceClient], Coroutine[Any, Any, _Found]], Sequence[str]]] = {
-    "deployments": (_deployments, ("NAME", "MODEL", "RUNTIME", "STATE", "READY", "GENERATION", "REASON")),
-    "engines": (_engines, ("ID", "ADDRESS", "PID", "STATE", "HOST", "DEVICES", "RUNTIMES")),
-    "replicas": (_replicas, ("DEPLOYMENT", "ID", "ENGINE", "STATE", "RUNNING", "QUEUED", "RESTARTS", "REASON")),
-    "leaders": (_leaders, ("ROLE", "CANDIDATE", "ADDRESS", "PID", "TERM")),
-}
-
-
-def _with_client(where: Located, work: Callable[[InferenceClient], Coroutine[Any, Any, T]]) -> T:
-    async def run() -> T:
-        async with InferenceClient(etcd=where.etcd) as client:
-            return await work(client)
-
-    return asyncio.run(run())
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
