@@ -7,21 +7,23 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from inference_runtime.errors import InferenceError
+import grpc
+
+from inference_runtime.errors import InferenceError, RequestCancelled
 from inference_runtime.generation import TokenChunk
 from inference_runtime.rpc import remaining_s
-from inference_runtime.telemetry import Gauge
+from inference_runtime.telemetry import Gauge, get_logger
 from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
 from services.engine.replicas import Replicas
 from services.engine.session import Session, chunk_detail
 from services.engine.stream import Stream
 
 if TYPE_CHECKING:
-    import grpc
-
     Context = grpc.aio.ServicerContext[object, object]
 
 __all__ = ["EngineService"]
+
+log = get_logger(__name__)
 
 
 class _Pipe:
@@ -63,7 +65,8 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
 
     def __init__(self, replicas: Replicas, session_buffer_chunks: int, sessions: Gauge) -> None:
         self._replicas, self._buffer = replicas, session_buffer_chunks
-        self._sessions: set[Session] = set()
+        #: Open sessions.
+        self.sessions: set[Session] = set()
         self._gauge = sessions
 
     async def Execute(
@@ -100,13 +103,22 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
     async def Session(self, request_iterator: object, context: Context) -> None:
         """Carry many generations."""
         session = Session(self._replicas, self._buffer)
-        self._sessions.add(session)
-        self._gauge.set(len(self._sessions))
+
+        async def write(response: engine_service_pb2.SessionResponse) -> None:
+            try:
+                await context.write(response)
+            except grpc.aio.BaseError as err:  # what grpc raises in a write when the call is gone
+                raise RequestCancelled("the gateway left") from err
+
+        self.sessions.add(session)
+        self._gauge.set(len(self.sessions))
         try:
-            await session.run(context.read, context.write)
+            await session.run(context.read, write)
+        except RequestCancelled:
+            log.info("session ended: its gateway left", gateway=session.gateway_id)
         finally:
-            self._sessions.discard(session)
-            self._gauge.set(len(self._sessions))
+            self.sessions.discard(session)
+            self._gauge.set(len(self.sessions))
 
     async def GetEngine(
         self, request: engine_service_pb2.GetEngineRequest, context: object
@@ -125,5 +137,5 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
 
     def notify_draining(self) -> None:
         """Tell every session that the engine drains."""
-        for session in self._sessions:
+        for session in self.sessions:
             session.notify_draining()

@@ -127,11 +127,12 @@ class Session:
 
         Args:
             read: Gives the next message; anything else than a SessionRequest is the end.
-            write: Sends a message; waits while the peer does not read.
+            write: Sends a message; waits while the peer does not read. Raises RequestCancelled when the peer is gone.
 
         Raises:
             BadRequest: The first message has no hello.
             Backpressure: The peer did not read for too long.
+            RequestCancelled: The peer is gone.
 
         On cancel, and at any other end: everything submitted is cancelled.
         """

@@ -201,13 +201,13 @@ async def test_the_process_drains_on_sigterm_and_leaves_nothing_behind(etcd: Etc
         await client.put(keys.assignment("process", "drains-0"), wanted.SerializeToString())
         await until_state(client, "drains-0", SERVING)
         async with session(engine) as gateway:
-            await gateway.send(submission(1, "drains", sampling=SamplingParams(max_tokens=60)))
+            await gateway.send(submission(1, "drains", sampling=SamplingParams(max_tokens=250)))
             await until(lambda: len(gateway.answers[1].token_ids) > 0, "it runs")
             process.send_signal(signal.SIGTERM)
             await until(lambda: gateway.draining, "the gateway is told")
             kv = await client.get(keys.engine("process"))
             assert kv is not None
-            check_exact(await gateway.answer(1), "hello", 60)
+            check_exact(await gateway.answer(1), "hello", 250)
         assert await asyncio.to_thread(process.wait, 10) == 0
         assert await client.get(keys.engine("process")) is None
         assert await record(client, "drains", "drains-0") is None

@@ -98,6 +98,24 @@ async def test_trap_09_a_gateway_that_does_not_read_blocks_nobody_and_is_ended()
             assert isinstance(error_from_rpc(caught.value), Backpressure)
 
 
+async def test_a_gateway_that_leaves_while_a_message_is_on_its_way_is_no_surprise(caplog: pytest.LogCaptureFixture) -> None:
+    """Everything it ran is cancelled, and the log holds no error."""
+    async with running_engine() as engine:
+        await engine.host(assignment("leaves", {"tokens_per_step": 8, "pace_s": 0.002}))
+        async with open_channel(engine.address) as channel:
+            stub = engine_service_pb2_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.Session()
+            await call.write(engine_service_pb2.SessionRequest(hello=engine_service_pb2.SessionHello(gateway_id="leaves")))
+            long = SamplingParams(max_tokens=20_000)
+            many = [submission(i, "leaves", sampling=long) for i in range(32)]
+            await call.write(engine_service_pb2.SessionRequest(submissions=many))
+            await until(lambda: any(s.waiting > 500 for s in engine.service.sessions), "its messages are stuck")
+            call.cancel()
+            await until(lambda: engine.load("leaves-0").running == 0, "its requests are gone")
+            await until(lambda: not engine.service.sessions, "its session is gone")
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 async def test_trap_08_max_concurrent_binds_and_load_is_real() -> None:
     """Three run, the others wait, and both counts return to 0."""
     async with running_engine() as engine, session(engine) as gateway:
