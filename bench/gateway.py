@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 OUT = HERE / "out"
 
 STREAMS, STREAM_TOKENS, PACE_S = 256, 64, 0.020
-UNARY_CONNECTIONS, UNARY_TOKENS = 64, 76
+UNARY_CONNECTIONS, UNARY_TOKENS = 64, 38
 SERVICES = ("gateway", "coordinator", "deployment_manager", "metrics", "engine")
 SYSTEM, USER = "You are a helpful assistant.", "Tell me a short story about a gateway that streams tokens."
 

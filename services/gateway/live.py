@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from inference_runtime import telemetry
 from inference_runtime.errors import Backpressure, Draining
 from inference_runtime.telemetry import Telemetry
-from inference_runtime.v1 import engine_service_pb2, metrics_service_pb2
-from services.gateway.request import Ended, Request, Sink
+from inference_runtime.v1 import engine_service_pb2
+from services.gateway.request import Need, Request, Sink
 from services.gateway.routes import RouteTable
 from services.gateway.settings import LimitSettings
+from services.gateway.usage import UsageEntry
 
 __all__ = ["LiveRequests", "UsageSink", "new_id"]
 
@@ -35,7 +37,7 @@ def new_id() -> str:
 class UsageSink(Protocol):
     """Where records of ended requests go (usage.UsageReporter)."""
 
-    def add(self, record: metrics_service_pb2.UsageRecord) -> None:
+    def add(self, entry: UsageEntry) -> None:
         """Take a record. Never waits."""
         ...
 
@@ -66,6 +68,9 @@ class LiveRequests:
         sink: Sink,
         *,
         shows_at_once: bool,
+        needs: Sequence[Need] = (),
+        choices: int = 1,
+        idempotent: bool = True,
         traceparent: str = "",
         time_limit_s: float = float("inf"),
     ) -> Request:
@@ -84,68 +89,71 @@ class LiveRequests:
             traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
         if traceparent:
             submission.traceparent = traceparent
-        request = Request(self, submission, sink, shows_at_once=shows_at_once, traceparent=traceparent, time_limit_s=time_limit_s)
+        request = Request(
+            self,
+            submission,
+            sink,
+            shows_at_once=shows_at_once,
+            needs=needs,
+            choices=choices,
+            idempotent=idempotent,
+            traceparent=traceparent,
+            time_limit_s=time_limit_s,
+        )
         self.requests.add(request)
         return request
 
-    def end(self, request: Request, ended: Ended) -> None:
-        """Count and settle a request. Called by it, once."""
+    def end(self, request: Request, outcome: str, now: float) -> None:
+        """Count and settle a request. Called by it, once.
+
+        Args:
+            request: The one that ended.
+            outcome: "ok", "cancelled", or the reason of its error.
+            now: time.monotonic().
+        """
         self.requests.discard(request)
-        self.waiting.discard(request)
-        name, outcome = ended.deployment or "unknown", ended.outcome
+        if self.waiting:
+            self.waiting.discard(request)
+        known = request.known
+        name = request.model if known else "unknown"  # what clients make up must not become series
+        duration_s = now - request.began
+        first_token_s = 0.0
+        output_tokens = request.output_tokens
         self._ended.inc(name, outcome)
-        if ended.input_tokens:
-            self._tokens_in.inc(name, by=ended.input_tokens)
-        self._duration.observe(ended.duration_s, name)
-        if ended.first_token_s:
-            self._tokens_out.inc(name, by=ended.output_tokens)
-            self._first_token.observe(ended.first_token_s, name)
-            if ended.output_tokens > 1:
-                self._per_token.observe((ended.duration_s - ended.first_token_s) / (ended.output_tokens - 1), name)
-        if ended.deployment:  # a name that nobody deployed has no ledger
-            self._settle(request, ended)
+        self._duration.observe(duration_s, name)
+        if request.first_at:
+            first_token_s = request.first_at - request.began
+            self._tokens_in.inc(name, by=request.input_tokens)
+            self._tokens_out.inc(name, by=output_tokens)
+            self._first_token.observe(first_token_s, name)
+            if output_tokens > 1:
+                self._per_token.observe((duration_s - first_token_s) / (output_tokens - 1), name)
+        if known:  # a name that nobody deployed has no ledger
+            self._usage.add(
+                (
+                    request.request_id, name, request.replica_id, request.input_tokens, output_tokens, request.reasoning_tokens,
+                    request.cached_input_tokens, request.finish_reason, outcome, request.accepted_ns, first_token_s, duration_s,
+                    request.tenant,
+                )
+            )  # fmt: skip
         if self._telemetry.tracer is not None:
-            self._trace(request, ended)
+            self._trace(request, outcome, duration_s)
 
-    def _settle(self, request: Request, ended: Ended) -> None:
-        asked = request.submission
-        record = metrics_service_pb2.UsageRecord(
-            request_id=asked.request.request_id, deployment=ended.deployment, replica_id=asked.replica_id
-        )
-        if asked.request.tenant:
-            record.tenant = asked.request.tenant
-        usage = record.usage
-        usage.input_tokens, usage.output_tokens = ended.input_tokens, ended.output_tokens
-        if ended.reasoning_tokens or ended.cached_input_tokens:
-            usage.reasoning_tokens, usage.cached_input_tokens = ended.reasoning_tokens, ended.cached_input_tokens
-        if ended.outcome == "ok":
-            record.finish_reason = ended.finish_reason  # type: ignore[assignment]
-        elif ended.outcome == "cancelled":
-            record.finish_reason = 5  # type: ignore[assignment]  # FINISH_REASON_CANCELLED
-        else:
-            record.error_reason = ended.outcome
-        record.accepted_at.seconds, record.accepted_at.nanos = divmod(ended.accepted_ns, 1_000_000_000)
-        for field, value_s in ((record.time_to_first_token, ended.first_token_s), (record.duration, ended.duration_s)):
-            whole_s = int(value_s)
-            field.seconds, field.nanos = whole_s, int((value_s - whole_s) * 1e9)
-        self._usage.add(record)
-
-    def _trace(self, request: Request, ended: Ended) -> None:
-        asked = request.submission
+    def _trace(self, request: Request, outcome: str, duration_s: float) -> None:
         self._telemetry.record_span(
-            f"chat {ended.deployment or 'unknown'}",
+            f"chat {request.model if request.known else 'unknown'}",
             traceparent=request.traceparent,
-            start_ns=ended.accepted_ns,
-            end_ns=ended.accepted_ns + int(ended.duration_s * 1e9),
+            start_ns=request.accepted_ns,
+            end_ns=request.accepted_ns + int(duration_s * 1e9),
             attributes={
                 telemetry.ATTR_OPERATION: "chat",
-                telemetry.ATTR_MODEL: asked.request.deployment,
-                telemetry.ATTR_REQUEST_ID: asked.request.request_id,
-                telemetry.ATTR_REPLICA: asked.replica_id,
-                telemetry.ATTR_INPUT_TOKENS: ended.input_tokens,
-                telemetry.ATTR_OUTPUT_TOKENS: ended.output_tokens,
+                telemetry.ATTR_MODEL: request.model,
+                telemetry.ATTR_REQUEST_ID: request.request_id,
+                telemetry.ATTR_REPLICA: request.replica_id,
+                telemetry.ATTR_INPUT_TOKENS: request.input_tokens,
+                telemetry.ATTR_OUTPUT_TOKENS: request.output_tokens,
             },
-            error="" if ended.outcome in ("ok", "cancelled") else ended.outcome,
+            error="" if outcome in ("ok", "cancelled") else outcome,
         )
 
     def wake(self) -> None:
@@ -168,7 +176,7 @@ class LiveRequests:
             request.expire(now)
             if request.ended:
                 continue
-            name = request.submission.request.deployment
+            name = request.model
             in_flight[name] = in_flight.get(name, 0) + 1
             tokens = len(request.journal.first)
             if tokens != request.seen:

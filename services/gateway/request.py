@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from services.gateway.live import LiveRequests
     from services.gateway.sessions import Session
 
-__all__ = ["Ended", "Request", "Sink"]
+__all__ = ["Need", "Request", "Sink", "needs_of"]
 
 log = telemetry.get_logger(__name__)
 
@@ -51,19 +51,29 @@ JITTER_S = (0.002, 0.03)
 SAME_AGAIN_S = 0.25
 
 
-class Ended(NamedTuple):
-    """What a request came to."""
+class Need(NamedTuple):
+    """Something that not every runtime can do."""
 
-    outcome: str  #: "ok", "cancelled", or the error's reason
-    deployment: str  #: "" when there was no such deployment
-    accepted_ns: int  #: wall clock
-    first_token_s: float  #: 0 when there was none
-    duration_s: float
-    input_tokens: int
-    output_tokens: int
-    reasoning_tokens: int
-    cached_input_tokens: int
-    finish_reason: int
+    capability: str  #: field of Capabilities
+    param: str  #: request field that asks for it
+    what: str  #: for people
+
+
+def needs_of(sampling: generation_pb2.SamplingParams) -> list[Need]:
+    """What a replica must be able to do for these parameters."""
+    needs = []
+    if sampling.HasField("top_logprobs"):
+        needs.append(Need("logprobs", "logprobs", "log-probabilities"))
+    for param in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, param):
+            needs.append(Need("penalties", param, "penalties"))
+    if sampling.repetition_penalty not in (0.0, 1.0):
+        needs.append(Need("penalties", "repetition_penalty", "penalties"))
+    if sampling.logit_bias:
+        needs.append(Need("logit_bias", "logit_bias", "a bias of single tokens"))
+    if sampling.min_p:
+        needs.append(Need("min_p", "min_p", "min_p"))
+    return needs
 
 
 class Sink(Protocol):
@@ -94,6 +104,31 @@ class Sink(Protocol):
         ...
 
 
+class _Nobody:
+    """The sink of a request that is over."""
+
+    def token(self, index: int, token: int, text: str) -> None:
+        """Nothing."""
+
+    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+        """Nothing."""
+
+    def fail(self, error: InferenceError) -> None:
+        """Nothing."""
+
+    def hold(self) -> None:
+        """Nothing."""
+
+    def release(self) -> None:
+        """Nothing."""
+
+    def keep_alive(self) -> None:
+        """Nothing."""
+
+
+NOBODY = _Nobody()
+
+
 class Request:
     """A request in flight. `begin` once; `cancel` at any time; the sink is told of everything else.
 
@@ -103,15 +138,30 @@ class Request:
         sink: Where the answer goes.
         shows_at_once: The client sees each chunk as it comes. False where it gets the whole answer at the end: such a request
             can start over as long as it runs.
+        needs: What a replica must be able to do, besides generating.
+        choices: Number of choices.
+        idempotent: It may be attempted more than once.
         traceparent: W3C context of the client's span, "" for none.
         time_limit_s: The client's own limit, seconds.
     """
 
-    __slots__ = (
-        "_accepted_ns", "_again_at", "_began", "_error", "_first_at", "_idempotent", "_last_finish", "_limit_s", "_live",
-        "_resumptions", "_retries", "_revision", "_route", "_shows", "_stream_id", "_target", "_tried", "_usage", "_wait_until",
-        "deadline", "ended", "first_chunk_by", "journal", "quiet_since", "seen", "sink", "submission", "traceparent",
-    )  # fmt: skip
+    # Most of a request's state keeps its first value: it stands here and not in __init__, which every request pays for.
+    deadline = first_chunk_by = float("inf")
+    ended = False
+    seen = 0
+    first_at = 0.0
+    finish_reason = 0
+    replica_id = ""
+    input_tokens = reasoning_tokens = cached_input_tokens = 0
+    _output_tokens = 0
+    _route: Route | None = None
+    _target: Target | None = None
+    _stream_id = 0
+    _revision = ""
+    _tried: set[str] | None = None
+    _retries = _resumptions = 0
+    _error: InferenceError | None = None
+    _wait_until = _again_at = 0.0
 
     def __init__(
         self,
@@ -120,40 +170,35 @@ class Request:
         sink: Sink,
         *,
         shows_at_once: bool,
+        needs: Sequence[Need] = (),
+        choices: int = 1,
+        idempotent: bool = True,
         traceparent: str = "",
         time_limit_s: float = float("inf"),
     ) -> None:
         self._live, self.submission, self.sink, self._shows = live, submission, sink, shows_at_once
+        self._needs, self._idempotent = needs, idempotent
         self.traceparent, self._limit_s = traceparent, time_limit_s
-        self.journal = Journal(submission.request.sampling.n or 1)
-        self._accepted_ns = time.time_ns()
-        self._began = time.monotonic()
-        self._first_at = 0.0
-        self._route: Route | None = None
-        self._target: Target | None = None
-        self._stream_id = 0
-        self._revision = ""
-        self._tried: set[str] | None = None
-        self._retries = self._resumptions = 0
-        self._error: InferenceError | None = None
-        self._wait_until = self._again_at = 0.0
-        self._usage = (0, 0, 0, 0)
-        self._last_finish = 0
         request = submission.request
-        self._idempotent = request.idempotent if request.HasField("idempotent") else True
-        self.deadline = self.first_chunk_by = float("inf")
-        self.seen, self.quiet_since = 0, self._began
-        self.ended = False
-
-    @property
-    def request_id(self) -> str:
-        """Its id, the same on every hop."""
-        return self.submission.request.request_id
+        self.request_id, self.model, self.tenant = request.request_id, request.deployment, request.tenant
+        self.journal = Journal(choices)
+        self.accepted_ns = time.time_ns()
+        self.began = self.quiet_since = time.monotonic()
 
     @property
     def waiting(self) -> bool:
         """It has no replica at present."""
         return self._target is None
+
+    @property
+    def known(self) -> bool:
+        """There is a deployment of its name."""
+        return self._route is not None
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated: as the engine counted them, or those that have come so far."""
+        return self._output_tokens or self.journal.output_tokens
 
     @property
     def revision(self) -> str:
@@ -164,7 +209,7 @@ class Request:
 
     def begin(self) -> None:
         """Send it off, or fail it. The sink may be called before this returns."""
-        name = self.submission.request.deployment
+        name = self.model
         route = self._live.table.routes.get(name)
         if route is None:
             if self._live.table.known:
@@ -175,7 +220,7 @@ class Request:
             return
         self._route = route
         limit_s = min(route.total_timeout_s, self._limit_s)
-        self.deadline = self._began + limit_s
+        self.deadline = self.began + limit_s
         if limit_s < LEAST_TIME_S:
             self._finish(Timeout("less than 0.1 s is left for this request", phase="admission"))
             return
@@ -186,7 +231,7 @@ class Request:
         if self.ended or self._target is not None:
             return
         now = time.monotonic()
-        route = self._live.table.routes.get(self.submission.request.deployment, self._route)
+        route = self._live.table.routes.get(self.model, self._route)
         assert route is not None  # begin() has seen to it
         target = choose(route, self._tried or (), self._revision)
         if target is None and self._revision and not self._shows:
@@ -213,36 +258,36 @@ class Request:
             self._tried.clear()
         self._place()
         if self._target is None and not self.ended and now > self._wait_until:
-            name = self.submission.request.deployment
             self._finish(
-                self._error or NoReplica(f"no replica of deployment {name!r} takes requests at present", retry_after_s=1)
+                self._error or NoReplica(f"no replica of deployment {self.model!r} takes requests at present", retry_after_s=1)
             )
 
     def _submit(self, target: Target, route: Route, now: float) -> None:
         if self._wait_until:
             self._wait_until = 0.0
             self._live.waiting.discard(self)
-        missing = _missing_feature(self.submission.request.sampling, target)
-        if missing:
-            param, feature = missing
-            message = (
-                f"the runtime of deployment {route.deployment!r} ({route.runtime}) does not offer {feature}; leave {param} out"
-            )
-            self._finish(Unsupported(message, param=param, feature=feature, runtime=route.runtime))
-            return
+        for need in self._needs:
+            if not getattr(target.capabilities, need.capability):
+                what = f"the runtime of deployment {route.deployment!r} ({route.runtime}) does not offer {need.what}"
+                self._finish(
+                    Unsupported(
+                        f"{what}; leave {need.param} out", param=need.param, feature=need.capability, runtime=route.runtime
+                    )
+                )
+                return
         left_s = self.deadline - now - HOP_S
         if left_s < LEAST_TIME_S - HOP_S:
             self._finish(self._error or Timeout("no time is left for this request", phase="total"))
             return
         submission = self.submission
         submission.epoch = self.journal.epoch
-        submission.replica_id = target.replica_id
+        submission.replica_id = self.replica_id = target.replica_id
         whole_s = int(left_s)
         submission.time_left.seconds = whole_s
         submission.time_left.nanos = int((left_s - whole_s) * 1e9)
         if self._error is not None:
             self._describe_prefix(target)
-        if not self._first_at:
+        if not self.first_at:
             self.first_chunk_by = now + route.first_chunk_timeout_s
         target.in_flight += 1
         self._target = target
@@ -263,7 +308,7 @@ class Request:
         """One token of choice 0, and nothing else."""
         verdict = self.journal.accept_one(epoch, index, token)
         if verdict is NEW:
-            if not self._first_at:
+            if not self.first_at:
                 self._first()
             self.sink.token(index, token, text)
         else:
@@ -282,7 +327,7 @@ class Request:
         if verdict is not NEW:
             self._refused(verdict, index)
             return
-        if not self._first_at:
+        if not self.first_at:
             self._first()
         if not finish:
             self.sink.chunk(choice, index, tokens, text, detail, False)
@@ -290,13 +335,12 @@ class Request:
         assert detail is not None
         if detail.HasField("usage"):
             usage = detail.usage
-            self._usage = (usage.input_tokens, usage.output_tokens, usage.reasoning_tokens, usage.cached_input_tokens)
-        self._last_finish = finish
+            self.input_tokens, self._output_tokens = usage.input_tokens, usage.output_tokens
+            self.reasoning_tokens, self.cached_input_tokens = usage.reasoning_tokens, usage.cached_input_tokens
+        self.finish_reason = finish
         if not self.journal.complete:
             self.sink.chunk(choice, index, tokens, text, detail, False)
             return
-        if not self._usage[1]:
-            self._usage = (self._usage[0], self.journal.output_tokens, *self._usage[2:])
         self.sink.chunk(choice, index, tokens, text, detail, True)
         self._close("ok")
 
@@ -309,7 +353,7 @@ class Request:
         self.sink.release()
 
     def _first(self) -> None:
-        self._first_at = time.monotonic()
+        self.first_at = time.monotonic()
         self.first_chunk_by = float("inf")
 
     def _refused(self, verdict: Verdict, index: int) -> None:
@@ -357,7 +401,7 @@ class Request:
         """Whether another attempt is allowed and can continue what was shown. Counts it."""
         if error.retry is not Retry.ELSEWHERE or not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
             return False
-        if self._shows and self._first_at:
+        if self._shows and self.first_at:
             if self._resumptions >= self._live.limits.max_resumptions or not target.capabilities.resume:
                 return False
             self._resumptions += 1
@@ -405,55 +449,20 @@ class Request:
 
     def _finish(self, error: InferenceError) -> None:
         """End it with an error: the client is told, once."""
-        self._close(error.reason)
-        self.sink.fail(error)
+        sink = self._close(error.reason)
+        sink.fail(error)
 
-    def _close(self, outcome: str) -> None:
-        """Count it and settle it. The last thing that happens to a request."""
+    def _close(self, outcome: str) -> Sink:
+        """Count it and settle it. The last thing that happens to a request. Returns the sink, which it lets go of.
+
+        Request and sink know each other: parted, both are freed at once instead of waiting for the garbage collector.
+        """
         self.ended = True
         now = time.monotonic()
         target, self._target = self._target, None
         if target is not None:
             target.in_flight -= 1
             cast("Session", target.link).forget(self._stream_id)
-        usage = self._usage
-        if not usage[1]:
-            usage = (usage[0], self.journal.output_tokens, usage[2], usage[3])
-        self._live.end(
-            self,
-            Ended(
-                outcome=outcome,
-                deployment="" if self._route is None else self._route.deployment,
-                accepted_ns=self._accepted_ns,
-                first_token_s=self._first_at - self._began if self._first_at else 0.0,
-                duration_s=now - self._began,
-                input_tokens=usage[0],
-                output_tokens=usage[1],
-                reasoning_tokens=usage[2],
-                cached_input_tokens=usage[3],
-                finish_reason=self._last_finish,
-            ),
-        )
-
-    @property
-    def usage(self) -> tuple[int, int, int, int]:
-        """Tokens of prompt, output, reasoning, and of the prompt from a cache. Known at the end."""
-        return self._usage
-
-
-def _missing_feature(sampling: generation_pb2.SamplingParams, target: Target) -> tuple[str, str] | None:
-    """(request field, feature) of the first thing asked for that the replica cannot do."""
-    can = target.capabilities
-    if not can.logprobs and sampling.HasField("top_logprobs"):
-        return "logprobs", "log-probabilities"
-    if not can.penalties:
-        for param in ("presence_penalty", "frequency_penalty"):
-            if getattr(sampling, param):
-                return param, "penalties"
-        if sampling.repetition_penalty not in (0.0, 1.0):
-            return "repetition_penalty", "penalties"
-    if not can.logit_bias and sampling.logit_bias:
-        return "logit_bias", "a bias of single tokens"
-    if not can.min_p and sampling.min_p:
-        return "min_p", "min_p"
-    return None
+        self._live.end(self, outcome, now)
+        sink, self.sink = self.sink, NOBODY
+        return sink

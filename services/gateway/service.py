@@ -13,6 +13,7 @@ from inference_runtime.v1 import engine_service_pb2, gateway_service_pb2, gatewa
 from inference_runtime.wire import request_from_proto, seconds
 from services.gateway.auth import KeyRing
 from services.gateway.live import LiveRequests, new_id
+from services.gateway.request import needs_of
 from services.gateway.routes import RouteTable
 
 if TYPE_CHECKING:
@@ -116,7 +117,14 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         sink = _CallSink(generation.request_id, generation.deployment)
         live = sink.request = self._live.begin(
-            submission, sink, shows_at_once=True, traceparent=metadata.get("traceparent", ""), time_limit_s=limit_s
+            submission,
+            sink,
+            shows_at_once=True,
+            needs=needs_of(generation.sampling),
+            choices=generation.sampling.n or 1,
+            idempotent=generation.idempotent if generation.HasField("idempotent") else True,
+            traceparent=metadata.get("traceparent", ""),
+            time_limit_s=limit_s,
         )
         try:
             live.begin()

@@ -185,7 +185,7 @@ class Session:
     def _dispatch(self, frame: engine_service_pb2.ChunkFrame) -> None:
         """Hand the rows of a frame to their requests."""
         ids = list(frame.stream_ids)
-        if len(set(ids)) != len(ids):
+        if len(ids) > 1 and len(set(ids)) != len(ids):
             held = [r for stream_id, n in Counter(ids).items() if n > 1 and (r := self._streams.get(stream_id)) is not None]
             for receiver in held:
                 receiver.hold()

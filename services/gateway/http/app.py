@@ -15,6 +15,7 @@ from services.gateway.http.openai import Asked, parse_chat, parse_completion
 from services.gateway.http.server import Connection, HttpRequest
 from services.gateway.http.sse import CHAT, COMPLETION, Shape, StreamSink, UnarySink
 from services.gateway.live import LiveRequests, new_id
+from services.gateway.request import needs_of
 from services.gateway.routes import Route, RouteTable
 
 __all__ = ["HttpApp"]
@@ -89,7 +90,11 @@ class HttpApp:
             sink = UnarySink(connection, asked, shape)
         traceparent = headers.get(b"traceparent")
         live = self._live.begin(
-            submission, sink, shows_at_once=asked.stream, traceparent=traceparent.decode("latin-1") if traceparent else ""
+            submission,
+            sink,
+            shows_at_once=asked.stream,
+            needs=() if asked.plain else needs_of(generation.sampling),
+            traceparent=traceparent.decode("latin-1") if traceparent else "",
         )
         sink.request = live
         connection.on_disconnect = live.cancel

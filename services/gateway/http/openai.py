@@ -152,11 +152,15 @@ _completion_decoder = msgspec.json.Decoder(CompletionRequest)
 class Asked:
     """A checked request: the submission for an engine, and how the client wants its answer."""
 
-    __slots__ = ("include_usage", "logprobs", "model", "stream", "submission")
+    __slots__ = ("include_usage", "logprobs", "model", "plain", "stream", "submission")
 
-    def __init__(self, model: str, submission: Submission, stream: bool, include_usage: bool, logprobs: bool) -> None:
+    def __init__(
+        self, model: str, submission: Submission, *, stream: bool, include_usage: bool, logprobs: bool, plain: bool
+    ) -> None:
         self.model, self.submission = model, submission
         self.stream, self.include_usage, self.logprobs = stream, include_usage, logprobs
+        #: It asks for nothing that only some runtimes can do.
+        self.plain = plain
 
 
 def parse_chat(body: bytes) -> Asked:
@@ -229,7 +233,22 @@ def _asked(asked: _Common, submission: Submission, logprobs: bool) -> Asked:
     if options is not None and not asked.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options", code="invalid_value")
     submission.request.deployment = asked.model
-    return Asked(asked.model, submission, bool(asked.stream), options is not None and bool(options.include_usage), logprobs)
+    plain = not (
+        logprobs
+        or asked.presence_penalty
+        or asked.frequency_penalty
+        or asked.logit_bias
+        or asked.min_p
+        or asked.repetition_penalty
+    )
+    return Asked(
+        asked.model,
+        submission,
+        stream=bool(asked.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        logprobs=logprobs,
+        plain=plain,
+    )
 
 
 def _add_sampling(p: generation_pb2.SamplingParams, asked: _Common, max_tokens: int | None) -> None:

@@ -173,8 +173,7 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        size = len(self._url) + sum(len(k) + len(v) + 4 for k, v in self._headers.items())
-        if size > self._settings.max_header_bytes:
+        if self._head_bytes > self._settings.max_header_bytes and self._head_size() > self._settings.max_header_bytes:
             self._refusal = self._refusal or (431, f"the request's head is larger than {self._settings.max_header_bytes} bytes")
             return
         declared = self._headers.get(b"content-length")
@@ -183,6 +182,10 @@ class Connection(asyncio.Protocol):
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self._continue = True
         self.deadline = self._server.now + self._settings.body_timeout_s
+
+    def _head_size(self) -> int:
+        """Of a whole head; `_head_bytes` may count a body that came along."""
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers.items())
 
     def on_body(self, data: bytes) -> None:
         self._body_bytes += len(data)

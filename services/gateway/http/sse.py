@@ -6,7 +6,6 @@ concatenation and one write.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -71,10 +70,11 @@ def _fingerprint(request: Request) -> bytes:
 
 
 def _usage_json(request: Request) -> bytes:
-    prompt, output, reasoning, cached = request.usage
+    prompt, output = request.input_tokens, request.output_tokens
     return (
         b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d},'
-        b'"completion_tokens_details":{"reasoning_tokens":%d}}' % (prompt, output, prompt + output, cached, reasoning)
+        b'"completion_tokens_details":{"reasoning_tokens":%d}}'
+        % (prompt, output, prompt + output, request.cached_input_tokens, request.reasoning_tokens)
     )
 
 
@@ -90,18 +90,18 @@ def _logprobs(detail: ChunkDetail) -> list[dict[str, object]]:
 class _HttpSink:
     """What both kinds of answer share."""
 
-    __slots__ = ("_asked", "_connection", "_created", "_shape", "request")
+    __slots__ = ("_asked", "_connection", "_shape", "request")
 
     def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
         self._connection, self._asked, self._shape = connection, asked, shape
-        self._created = int(time.time())
         self.request: Request  # set by the app before anything is delivered
 
     def _head(self, what: bytes) -> bytes:
         """Up to the choices, the same for every object of an answer."""
+        request = self.request
         return b'{"id":"%b%b","object":"%b","created":%d,"model":%b,"system_fingerprint":%b,"choices":[' % (
-            self._shape.prefix, self.request.request_id.encode(), what, self._created, _encode(self._asked.model),
-            _fingerprint(self.request),
+            self._shape.prefix, request.request_id.encode(), what, request.accepted_ns // 1_000_000_000,
+            _encode(self._asked.model), _fingerprint(request),
         )  # fmt: skip
 
     def _id_line(self) -> bytes:
