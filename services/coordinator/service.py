@@ -51,6 +51,7 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         self._draw = random.Random()
         self._office: _Office | None = None
         self._leads = metrics.gauge("inference_leader", "role")
+        self._terms = metrics.counter("inference_leader_terms_total", "role")
         self._gauges = TableGauges(metrics)
 
     async def lead(self, term: Term) -> None:
@@ -59,6 +60,7 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         registrar = Registrar(self._client, term, self._settings.registration_ttl_s)
         self._office = _Office(table, registrar)
         self._leads.set(1, ROLE)
+        self._terms.inc(ROLE)
         try:
             await table.run()
         finally:

@@ -119,7 +119,7 @@ class Reconciler:
         ops = [Op.delete(keys.assignment(assignment.engine_id, assignment.replica_id)) for assignment in plan.remove[:MAX_STEPS]]
         for booking in plan.place[:MAX_STEPS]:
             assignment = common_pb2.Assignment(
-                replica_id=f"{record.spec.name}-{uuid.uuid4().hex[:10]}",
+                replica_id=f"{record.spec.name.replace('/', '-')}-{uuid.uuid4().hex[:10]}",
                 engine_id=booking.engine_id,
                 deployment=record.spec.name,
                 spec=record.spec,

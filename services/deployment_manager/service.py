@@ -55,6 +55,7 @@ class DeploymentManagerService(deployment_manager_service_pb2_grpc.DeploymentMan
         self._client, self._observer, self._settings = client, observer, settings
         self._office: _Office | None = None
         self._leads = metrics.gauge("inference_leader", "role")
+        self._terms = metrics.counter("inference_leader_terms_total", "role")
 
     async def lead(self, term: Term) -> None:
         """Answer and reconcile until cancelled, which is how a term ends."""
@@ -62,6 +63,7 @@ class DeploymentManagerService(deployment_manager_service_pb2_grpc.DeploymentMan
         self._office = _Office(Catalog(self._client, term), view)
         reconciler = Reconciler(view, term, self._settings.settle_s, self._settings.engine_gone_s)
         self._leads.set(1, ROLE)
+        self._terms.inc(ROLE)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(view.run())

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from google.protobuf.message import DecodeError, Message
 
 from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
+from inference_runtime.errors import BadRequest
 from inference_runtime.telemetry import get_logger
 from inference_runtime.v1 import common_pb2, deployment_pb2
 from services.deployment_manager.placement import host_of
@@ -39,7 +40,14 @@ class View:
 
     def __init__(self, client: EtcdClient) -> None:
         self._client = client
-        self._records: dict[str, dict[str, Message]] = {prefix: {} for prefix in _KINDS}
+        #: the catalogue, by name
+        self.deployments: dict[str, deployment_pb2.Deployment] = {}
+        #: registered engines, by id
+        self.engines: dict[str, common_pb2.Engine] = {}
+        self._assignments: dict[str, common_pb2.Assignment] = {}
+        self._replicas: dict[str, common_pb2.Replica] = {}
+        #: which record each key holds: its kind, and its name or id
+        self._keys: dict[str, tuple[str, str]] = {}
         self._leaving: dict[str, common_pb2.Assignment] = {}
         self._hosts: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -59,7 +67,7 @@ class View:
     def _apply(self, batch: WatchBatch) -> None:
         if batch.snapshot:
             listed = {kv.key for kv in batch.puts}
-            gone = [key for records in self._records.values() for key in records if key not in listed]
+            gone = [key for key in self._keys if key not in listed]
         else:
             gone = batch.deletes
         for key in gone:
@@ -88,27 +96,15 @@ class View:
             await self.changed()
         self._changed.set()
 
-    @property
-    def deployments(self) -> dict[str, deployment_pb2.Deployment]:
-        """The catalogue, by name."""
-        return {key.removeprefix(keys.DEPLOYMENTS): record for key, record in self._records[keys.DEPLOYMENTS].items()}  # type: ignore[misc]
-
-    @property
-    def engines(self) -> dict[str, common_pb2.Engine]:
-        """Registered engines, by id."""
-        return {key.removeprefix(keys.ENGINES): record for key, record in self._records[keys.ENGINES].items()}  # type: ignore[misc]
-
     def world(self, engine_gone_s: float) -> World:
         """The view as the planner takes it. Engines that are missing for longer than that count as gone."""
         now_s = time.monotonic()
-        assignments: dict[str, common_pb2.Assignment] = {a.replica_id: a for a in self._assignments()}
-        replicas: dict[str, common_pb2.Replica] = {r.id: r for r in self._records[keys.REPLICAS].values()}  # type: ignore[attr-defined,misc]
         return World(
             engines=self.engines,
             gone=frozenset(e for e, since_s in self.missing_since.items() if now_s - since_s >= engine_gone_s),
-            assignments=assignments,
-            replicas=replicas,
-            leaving=[a for a in self._leaving.values() if a.replica_id in replicas],
+            assignments=self._assignments,
+            replicas=self._replicas,
+            leaving=[a for a in self._leaving.values() if a.replica_id in self._replicas],
             hosts=self._hosts,
         )
 
@@ -128,9 +124,6 @@ class View:
         finally:
             self._watchers.discard(watcher)
 
-    def _assignments(self) -> list[common_pb2.Assignment]:
-        return list(self._records[keys.ASSIGNMENTS].values())  # type: ignore[arg-type]
-
     def _put(self, kv: KeyValue) -> None:
         prefix = next((prefix for prefix in _KINDS if kv.key.startswith(prefix)), "")
         if not prefix:
@@ -141,26 +134,42 @@ class View:
             log.error("record is not readable", key=kv.key, exc_info=err)
             self._remove(kv.key)
             return
-        self._records[prefix][kv.key] = record
-        if isinstance(record, common_pb2.Engine):
-            self._hosts[record.id] = host_of(record)
-        elif isinstance(record, common_pb2.Assignment):
-            self._leaving.pop(record.replica_id, None)
-        elif isinstance(record, deployment_pb2.Deployment):
-            self._catalogue_changed(kv.key, kv.mod_revision)
+        if kv.key != _key_of(record):  # whoever follows the id in it would write elsewhere
+            log.error("record does not belong to its key", key=kv.key)
+            self._remove(kv.key)
+            return
+        match record:
+            case deployment_pb2.Deployment():
+                self._keys[kv.key] = prefix, record.spec.name
+                self.deployments[record.spec.name] = record
+                self._catalogue_changed(record.spec.name, kv.mod_revision)
+            case common_pb2.Engine():
+                self._keys[kv.key] = prefix, record.id
+                self.engines[record.id] = record
+                self._hosts[record.id] = host_of(record)
+            case common_pb2.Assignment():
+                self._keys[kv.key] = prefix, record.replica_id
+                self._assignments[record.replica_id] = record
+                self._leaving.pop(record.replica_id, None)
+            case common_pb2.Replica():
+                self._keys[kv.key] = prefix, record.id
+                self._replicas[record.id] = record
 
     def _remove(self, key: str) -> None:
-        for prefix, records in self._records.items():
-            record = records.pop(key, None)
-            if isinstance(record, common_pb2.Assignment):
-                self._leaving[record.replica_id] = record
-            elif isinstance(record, common_pb2.Replica):
-                self._leaving.pop(record.id, None)
-            elif record is not None and prefix == keys.DEPLOYMENTS:
-                self._catalogue_changed(key, 0)
+        match self._keys.pop(key, ("", "")):
+            case keys.DEPLOYMENTS, name:
+                del self.deployments[name]
+                self._catalogue_changed(name, 0)
+            case keys.ENGINES, engine_id:
+                del self.engines[engine_id]
+            case keys.ASSIGNMENTS, replica_id:
+                if (assignment := self._assignments.pop(replica_id, None)) is not None:
+                    self._leaving[replica_id] = assignment
+            case keys.REPLICAS, replica_id:
+                self._replicas.pop(replica_id, None)
+                self._leaving.pop(replica_id, None)
 
-    def _catalogue_changed(self, key: str, mod_revision: int) -> None:
-        name = key.removeprefix(keys.DEPLOYMENTS)
+    def _catalogue_changed(self, name: str, mod_revision: int) -> None:
         if mod_revision:
             self.mod_revisions[name] = mod_revision
         else:
@@ -169,12 +178,28 @@ class View:
             watcher.owed.add(name)
 
     def _note_missing(self) -> None:
-        engines, now_s = self.engines, time.monotonic()
-        named = {a.engine_id for a in self._assignments()} | {a.engine_id for a in self._leaving.values()}
-        self.missing_since = {e: self.missing_since.get(e, now_s) for e in named - engines.keys()}
-        self._hosts = {e: host for e, host in self._hosts.items() if e in named or e in engines}
-        replicas = {record.id for record in self._records[keys.REPLICAS].values()}  # type: ignore[attr-defined]
-        self._leaving = {i: a for i, a in self._leaving.items() if i in replicas}
+        now_s = time.monotonic()
+        self._leaving = {i: a for i, a in self._leaving.items() if i in self._replicas}
+        named = {a.engine_id for a in (*self._assignments.values(), *self._leaving.values())}
+        self.missing_since = {e: self.missing_since.get(e, now_s) for e in named - self.engines.keys()}
+        self._hosts = {e: host for e, host in self._hosts.items() if e in named or e in self.engines}
+
+
+def _key_of(record: Message) -> str:
+    """The key under which a record belongs; "" when its own ids make no key."""
+    try:
+        match record:
+            case deployment_pb2.Deployment():
+                return keys.deployment(record.spec.name)
+            case common_pb2.Engine():
+                return keys.engine(record.id)
+            case common_pb2.Assignment():
+                return keys.assignment(record.engine_id, record.replica_id)
+            case common_pb2.Replica():
+                return keys.replica(record.deployment, record.id)
+    except BadRequest:
+        pass
+    return ""
 
 
 class Watcher:

@@ -40,6 +40,7 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
         self._observer, self._settings = observer, settings
         self._ledger: Ledger | None = None
         self._leads = metrics.gauge("inference_leader", "role")
+        self._terms = metrics.counter("inference_leader_terms_total", "role")
         self._requests = metrics.counter("inference_requests_total", "deployment", "outcome")
         self._tokens_in = metrics.counter("inference_tokens_in_total", "deployment")
         self._tokens_out = metrics.counter("inference_tokens_out_total", "deployment")
@@ -55,6 +56,7 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
         await ledger.open()
         try:
             self._leads.set(1, ROLE)
+            self._terms.inc(ROLE)
             for deployment, totals in (await ledger.totals()).items():
                 self._publish(deployment, totals)
             self._ledger = ledger

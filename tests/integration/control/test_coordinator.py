@@ -213,13 +213,19 @@ async def test_list_replicas_shows_every_state_and_the_load(client: EtcdClient, 
     await engine.serve("a", "r1")
     await engine.serve("a", "r2", common_pb2.REPLICA_STATE_FAILED)
     await engine.serve("b", "r3")
-    async with watching(coordinator) as watch:
-        await watch.until_table({"a": ["r1"]})
-    await coordinator.call("ReportLoad", pb.ReportLoadRequest(engine_id="e1", loads=[load("r1", 3)]))
 
+    async def published() -> str | None:
+        text = coordinator.telemetry.metrics.prometheus_text().decode()
+        return text if 'inference_replicas{deployment="b",state="serving"} 1' in text else None
+
+    text = await until(published, "all three replicas to be seen")
+    await coordinator.call("ReportLoad", pb.ReportLoadRequest(engine_id="e1", loads=[load("r1", 3)]))
     everything = await coordinator.call("ListReplicas", pb.ListReplicasRequest())
     of_a = await coordinator.call("ListReplicas", pb.ListReplicasRequest(deployment="a"))
 
+    assert 'inference_replicas{deployment="a",state="serving"} 1' in text
+    assert 'inference_replicas{deployment="a",state="failed"} 1' in text
+    assert 'inference_leader{role="coordinator"} 1' in text
     assert [r.id for r in everything.replicas] == ["r1", "r2", "r3"]
     assert [r.id for r in of_a.replicas] == ["r1", "r2"]
     assert [(x.replica_id, x.running) for x in of_a.loads] == [("r1", 3)]

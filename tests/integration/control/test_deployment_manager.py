@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from inference_runtime.coordination import Candidate, Election, EtcdClient, Term, keys
-from inference_runtime.errors import BadRequest, DeploymentNotFound, NotLeader, StaleLeader
+from inference_runtime.errors import BadRequest, DeploymentNotFound, InferenceError, NotLeader, StaleLeader
 from inference_runtime.rpc import open_channel
 from inference_runtime.testing.etcd import EtcdProcess
 from inference_runtime.v1 import (
@@ -323,6 +323,70 @@ async def test_assignments_of_no_deployment_are_swept(client: EtcdClient, manage
         return not await assignments(client)
 
     await until(swept, "the stray to go")
+
+
+@pytest.mark.parametrize(
+    ("key", "record"),
+    [
+        (keys.ENGINES + "e0", b"\xff\xff"),
+        (keys.ENGINES + "e0", common_pb2.Engine(id="a/b", runtimes=["scripted"]).SerializeToString()),
+        (keys.ENGINES + "e0", common_pb2.Engine(runtimes=["scripted"]).SerializeToString()),
+        (keys.DEPLOYMENTS + "x", deployment_pb2.Deployment().SerializeToString()),
+        (keys.ASSIGNMENTS + "e0/x", common_pb2.Assignment().SerializeToString()),
+    ],
+)
+async def test_a_record_that_makes_no_sense_hurts_nobody_else(
+    client: EtcdClient, manager: Singleton, key: str, record: bytes
+) -> None:
+    await client.put(key, record)
+    await FakeEngine(client, "e1").join()
+    await apply(manager, spec())
+
+    async def placed() -> bool:
+        return any(a.engine_id == "e1" for a in await assignments_of(client, "e1"))
+
+    await until(placed, "the assignment")
+
+
+async def assignments_of(client: EtcdClient, engine_id: str) -> list[common_pb2.Assignment]:
+    stored, _ = await client.list(keys.assignments_of(engine_id))
+    return [common_pb2.Assignment.FromString(kv.value) for kv in stored]
+
+
+async def test_a_new_leader_waits_for_engines_that_are_expected(etcd: EtcdProcess, client: EtcdClient) -> None:
+    """It reads first, and acts when everybody named is back: nothing moves because a registration came late."""
+    late, other = FakeEngine(client, "e1"), await FakeEngine(client, "e2").join()
+    hasty = DeploymentManagerSettings(settle_s=10, engine_gone_s=0)
+    async with singleton("deployment_manager", etcd.endpoint, hasty) as first:
+        await late.join()
+        await apply(first, spec(replicas=2))
+        before = await assigned(client, 2)
+    await late.leave()
+    async with singleton("deployment_manager", etcd.endpoint, hasty) as second:
+        await apply(second, spec("b"))
+        assert {a.replica_id for a in await assignments(client)} == {a.replica_id for a in before}, "it waits"
+        back = await FakeEngine(client, "e1").join()
+        after = await assigned(client, 3)
+
+    assert {a.replica_id for a in before} < {a.replica_id for a in after}
+    assert other.id != back.id
+
+
+async def test_a_restart_of_etcd_costs_nothing_but_time(etcd: EtcdProcess, client: EtcdClient, manager: Singleton) -> None:
+    await apply(manager, spec())
+    await asyncio.to_thread(etcd.restart)
+
+    async def applied() -> bool:
+        try:
+            return (await apply(manager, spec(model="m2"))).deployment.generation == 2
+        except InferenceError:
+            return False
+
+    await until(applied, "the manager to go on")
+    engine = await FakeEngine(client, "e1").join()
+    [assignment] = await assigned(client, 1)
+    await engine.serve("a", assignment.replica_id)
+    await reach(manager, SERVING)
 
 
 async def test_a_dry_run_says_what_would_happen_and_stores_nothing(client: EtcdClient, manager: Singleton) -> None:

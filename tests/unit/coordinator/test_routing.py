@@ -98,7 +98,8 @@ def test_a_change_turns_one_table_into_the_other(old: RouteTable, new: RouteTabl
 def test_the_revision_never_falls(history: list[RouteTable]) -> None:
     held, revisions = RouteTable(), [0]
     for table in history:
-        held = apply_change(held, diff_tables(held, table))
-        revisions.append(held.revision)
+        change = diff_tables(held, table)
+        held = apply_change(held, change)
+        revisions.append(change.revision)
 
     assert revisions == sorted(revisions)

@@ -205,6 +205,17 @@ def test_without_room_the_old_goes_first_one_at_a_time() -> None:
     assert len(c.serving()) == 2
 
 
+def test_while_one_old_replica_leaves_the_next_one_stays() -> None:
+    """Draining takes minutes; the plan is asked for again all the time."""
+    c = cluster(engine("e1", gpus=2))
+    c.settle(deployment(2, accelerators=1))
+    for _ in range(5):
+        c.step(deployment(2, generation=2, model="m2", accelerators=1))
+
+    assert len(c.serving()) == 1
+    assert len(c.assignments) == 1
+
+
 def test_the_old_stays_where_its_going_would_not_help() -> None:
     c = cluster(engine("e1", gpus=1))
     c.settle(deployment(1, accelerators=1))
