@@ -155,15 +155,17 @@ class Node:
                 self.apply(batch, replicas)
 
     def apply(self, batch: WatchBatch, replicas: Replicas) -> None:
-        """Follow one batch of changes."""
-        wanted = dict(self._parse(batch.puts))
-        if batch.snapshot:
-            gone: Iterable[str] = replicas.assigned().keys() - wanted.keys()
-        else:
-            gone = [keys.segments(key, keys.assignments_of(self.engine.id))[0] for key in batch.deletes]
-        for replica_id in gone:
-            replicas.unassign(replica_id)
-        for assignment in wanted.values():
+        """Follow one batch of changes.
+
+        Only a deletion stops a replica. A listing that lacks it comes from an etcd that was replaced, or restored from an older
+        state: that somebody lost the data is no order to stop serving.
+        """
+        listed = dict(self._parse(batch.puts))
+        if batch.snapshot and (lacking := replicas.assigned().keys() - listed.keys()):
+            log.warning("replicas kept that etcd does not know any more", replicas=", ".join(sorted(lacking)))
+        for key in batch.deletes:
+            replicas.unassign(keys.segments(key, keys.assignments_of(self.engine.id))[0])
+        for assignment in listed.values():
             if self._fence.accept(assignment, listed=batch.snapshot):
                 replicas.assign(assignment)
 

@@ -111,6 +111,7 @@ class Session:
         self._columns = _Columns()
         self._wake = asyncio.Event()
         self._overrun = asyncio.Event()
+        self._welcomed = False
         self.gateway_id = ""
 
     @property
@@ -157,7 +158,9 @@ class Session:
                 log.info("session ended with running requests", gateway=self.gateway_id, cancelled=len(streams))
 
     def notify_draining(self) -> None:
-        """Tell the peer to submit nothing more."""
+        """Tell the peer to submit nothing more. One that has not said hello yet learns it from the welcome."""
+        if not self._welcomed:
+            return
         self._first.append(engine_service_pb2.SessionResponse(draining=True))
         self._wake.set()
 
@@ -174,6 +177,7 @@ class Session:
             engine_id=self._host.engine.id, boot_id=self._host.engine.boot_id, protocol_version=PROTOCOL_VERSION
         )
         self._first.append(engine_service_pb2.SessionResponse(welcome=welcome, draining=self._host.draining))
+        self._welcomed = True
         self._wake.set()
         while isinstance(message, engine_service_pb2.SessionRequest):
             self._handle(message)

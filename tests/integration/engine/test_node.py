@@ -15,6 +15,7 @@ from inference_runtime.coordination import keys
 from inference_runtime.coordination.election import LeaderObserver
 from inference_runtime.coordination.etcd import EtcdClient
 from inference_runtime.coordination.registry import Registration
+from inference_runtime.coordination.watch import WatchBatch
 from inference_runtime.generation import SamplingParams
 from inference_runtime.rpc import RpcServer
 from inference_runtime.settings import environment
@@ -117,6 +118,17 @@ async def test_etcd_may_be_away_and_requests_go_on(etcd: EtcdProcess, client: Et
         assert engine.replica("away-0").restarts == 0
         await gateway.send(submission(2, "away"))
         check_exact(await gateway.answer(2), "hello", 10)
+
+
+async def test_an_etcd_that_lost_its_data_stops_no_replica(etcd: EtcdProcess, client: EtcdClient) -> None:
+    """R10: only a deletion does."""
+    async with running_engine() as engine, registered(etcd, engine) as node:
+        await engine.host(assignment("kept", {}))
+        node.apply(WatchBatch(snapshot=True, revision=1, cluster_id=2, puts=[], deletes=[]), engine.replicas)
+        assert engine.replica("kept-0").state == SERVING
+        deletes = [keys.assignment("engine-1", "kept-0")]
+        node.apply(WatchBatch(snapshot=False, revision=2, cluster_id=2, puts=[], deletes=deletes), engine.replicas)
+        await until(lambda: not engine.replicas.describe(), "it is stopped")
 
 
 class FakeCoordinator(coordinator_service_pb2_grpc.CoordinatorServiceServicer):
