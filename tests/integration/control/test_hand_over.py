@@ -76,7 +76,7 @@ async def test_trap_07_one_leads_and_the_other_takes_over(
             async with asyncio.TaskGroup() as group:
                 group.create_task(second.stop())
                 taken_s = await in_office(successor, role)
-            assert taken_s - term_s < 1.5, "a hand-over on SIGTERM takes less than a second, and this machine is busy"
+            assert taken_s - term_s < 1.0
             assert second.process.returncode == 0
             assert await third.stop() == 0
         finally:
