@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -158,6 +159,45 @@ def test_a_signal_while_starting_leaves_no_process(tmp_path: Path) -> None:
     assert running.interrupt(signal.SIGTERM) == 0
     assert running.left_over() == []
     assert not running.ready_file.exists()
+
+
+def test_a_process_that_dies_again_and_again_is_given_up_with_one_sentence(tmp_path: Path) -> None:
+    """Supervision has an end: the fourth death within a minute stops everything, with the name and the log of the culprit."""
+    with Up(tmp_path / "state", ["-f", str(scripted(tmp_path))]).start().wait_serving() as running:
+        for _ in range(3):
+            pid = running.pids["metrics"]
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda pid=pid: running.pids["metrics"] != pid, "metrics again")  # type: ignore[misc]
+        os.kill(running.pids["metrics"], signal.SIGKILL)
+
+        assert running.wait_end() == 1
+        last = running.output().strip().splitlines()[-1]
+        assert last.startswith("inferctl: gave up: metrics ended 4 times within 60 s")
+        assert "metrics.log" in last
+        assert running.left_over() == []
+
+
+def test_a_second_ctrl_c_means_now(tmp_path: Path) -> None:
+    """The first Ctrl-C lets a running answer end (5 s); the second does not wait. Two gateway workers leave nothing either."""
+    file = scripted(tmp_path, runtime_config={"pace_s": 0.05})
+    with Up(tmp_path / "state", ["--workers", "2", "-f", str(file)]).start().wait_serving() as running:
+        body = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5000, "stream": True})
+        with socket.create_connection(("127.0.0.1", int(running.http.rpartition(":")[2])), timeout=30) as client:
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            )
+            client.sendall(f"{head}\r\n\r\n{body}".encode())
+            assert client.recv(1024)
+            assert running.process is not None
+            running.process.send_signal(signal.SIGINT)
+            wait_for(lambda: "stopping" in running.output(), "the first Ctrl-C to be heard")
+            begin = time.monotonic()
+
+            code = running.interrupt()
+
+        assert code == 0
+        assert time.monotonic() - begin < 3.0
+        assert running.left_over() == []
 
 
 # --- what is wrong is one sentence, an exit code, and no process -----------------------------------------------------

@@ -184,7 +184,7 @@ class LocalCluster:
         argv = etcd_argv(find_etcd(environment()), self.data_dir, client, self._port("127.0.0.1").address)
         log = self.logs / "etcd.log"
         whole = {key: value for key, value in environment().items() if not key.startswith("ETCD_")}  # etcd reads them as flags
-        self.processes["etcd"] = Process(ProcessSpec("etcd", "etcd", argv, whole, client, log, WHAT["etcd"]))
+        self.processes["etcd"] = Process(ProcessSpec("etcd", "etcd", argv, whole, client, client, log, WHAT["etcd"]))
 
     def _add_service(self, service: str, number: int) -> None:
         name = service if number == 0 else f"{service}-{number + 1}"
@@ -206,7 +206,8 @@ class LocalCluster:
         # -P: a folder called "services" in the working directory is not ours.
         argv = [sys.executable, "-P", "-m", f"services.{service}"]
         log = self.logs / f"{name}.log"
-        self.processes[name] = Process(ProcessSpec(name, service, argv, whole, rpc.address, log, WHAT[service]))
+        door = self._reachable(self._http[number]) if service == "gateway" else rpc.address
+        self.processes[name] = Process(ProcessSpec(name, service, argv, whole, rpc.address, door, log, WHAT[service]))
 
     # --- life --------------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,8 @@ class ProcessSpec:
         service: What it is an instance of: "engine".
         argv: Program and arguments.
         environment: The whole environment.
-        address: host:port it listens on.
+        address: host:port of its gRPC server (etcd: of its clients' door).
+        door: Address that people care about.
         log: File that takes its stdout and stderr.
         what: What it is, in a few words, for people.
     """
@@ -79,6 +80,7 @@ class ProcessSpec:
     argv: Sequence[str]
     environment: Mapping[str, str]
     address: str
+    door: str
     log: Path
     what: str
 

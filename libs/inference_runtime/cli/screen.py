@@ -22,13 +22,13 @@ COLOURS = {
 }
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without frames, that stays readable when it is piped."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: bool = True) -> Table:
+    """A table without frames, that stays readable when it is piped. Without `wrap`, what is too long is cut."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(column, overflow="fold")
+        made.add_column(column, overflow="fold" if wrap else "ellipsis", no_wrap=not wrap)
     for row in rows:
-        made.add_row(*(row))
+        made.add_row(*row)
     return made
 
 
@@ -49,7 +49,7 @@ class Screen:
             return False
         if self._console.is_terminal:
             rows = [self._row(name, coloured=True) for name in now]
-            drawn = table(("PROCESS", "PID", "ADDRESS", "STATE", "WHAT"), rows)
+            drawn = table(("PROCESS", "PID", "ADDRESS", "STATE", "WHAT"), rows, wrap=False)
             if self._live is None:
                 self._live = Live(drawn, console=self._console, auto_refresh=False)
                 self._live.start()
@@ -70,4 +70,4 @@ class Screen:
         pid, state = self._shown[name]
         spec = self._processes[name].spec
         shown = f"[{COLOURS.get(state, 'red')}]{state}[/]" if coloured else state
-        return name, str(pid), spec.address, shown, spec.what
+        return name, str(pid), spec.door, shown, spec.what

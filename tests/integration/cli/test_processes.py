@@ -63,6 +63,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             argv=[sys.executable, "-c", source, *args],
             environment=dict(os.environ),
             address="127.0.0.1:1",
+            door="127.0.0.1:1",
             log=tmp_path / f"{name}.log",
             what="a test",
         )
@@ -157,7 +158,7 @@ def test_children_die_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 import os, sys, time
 from pathlib import Path
 from inference_runtime.cli.processes import Process, ProcessSpec
-spec = ProcessSpec("c", "c", ["sleep", "60"], dict(os.environ), "127.0.0.1:1", Path(sys.argv[1]), "")
+spec = ProcessSpec("c", "c", ["sleep", "60"], dict(os.environ), "", "", Path(sys.argv[1]), "")
 process = Process(spec)
 process.start()
 while Path(f"/proc/{process.pid}/cmdline").read_bytes() != b"sleep\\0" + b"60\\0":
@@ -206,7 +207,7 @@ def test_a_killed_process_is_said_to_be_killed(make: Callable[..., Process]) -> 
 
 def test_a_program_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
     """The launcher itself says what could not be started."""
-    spec = ProcessSpec("x", "x", ["/no/such/program"], dict(os.environ), "127.0.0.1:1", tmp_path / "x.log", "")
+    spec = ProcessSpec("x", "x", ["/no/such/program"], dict(os.environ), "", "", tmp_path / "x.log", "")
     process = Process(spec)
     process.start()
     wait_for(lambda: not process.running, "its end")
