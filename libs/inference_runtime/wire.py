@@ -299,12 +299,16 @@ def spec_from_proto(p: deployment_pb2.DeploymentSpec) -> d.DeploymentSpec:
         timeouts["first_chunk_s"] = seconds(p.timeouts.first_chunk)
     if p.timeouts.HasField("total"):
         timeouts["total_s"] = seconds(p.timeouts.total)
+    try:
+        config = _whole(json_format.MessageToDict(p.runtime_config))
+    except (ValueError, json_format.SerializeToJsonError) as err:  # JSON has no NaN and no infinity
+        raise BadRequest(f"deployment {p.name!r}: runtime_config: {err}", param="runtime_config") from err
     document: dict[str, object] = {
         "name": p.name,
         "model": p.model,
         "runtime": p.runtime,
-        "replicas": p.replicas,
-        "runtime_config": _whole(json_format.MessageToDict(p.runtime_config)),
+        "replicas": p.replicas if p.HasField("replicas") else 1,
+        "runtime_config": config,
         "serving": serving,
         "timeouts": timeouts,
         "accelerators": p.accelerators,

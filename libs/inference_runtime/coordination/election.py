@@ -11,7 +11,6 @@ it believes.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -28,11 +27,12 @@ from inference_runtime.coordination.lease import DEFAULT_TTL_S, Lease
 from inference_runtime.coordination.watch import PrefixWatch
 from inference_runtime.coordination.watchdog import guarded
 from inference_runtime.errors import NotLeader, StaleLeader
+from inference_runtime.telemetry import get_logger
 from inference_runtime.v1 import common_pb2
 
 __all__ = ["Candidate", "Election", "LeaderObserver", "Term"]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _Coroutine = Coroutine[Any, Any, None]
 
@@ -159,8 +159,8 @@ class Election:
             await asyncio.sleep(backoff.next_s())
 
     def _interrupted(self, cause: BaseException) -> None:
-        level = logging.DEBUG if isinstance(cause, EtcdUnavailable | LeaseLost) else logging.WARNING
-        log.log(level, "campaign interrupted", extra={"role": self._role, "cause": str(cause)})
+        say = log.debug if isinstance(cause, EtcdUnavailable | LeaseLost) else log.warning
+        say("campaign interrupted", role=self._role, cause=str(cause))
 
     async def _one_term(self, lease: Lease, lead: Callable[[Term], Awaitable[None]]) -> None:
         """Campaigns and leads under one lease; returns when the lease or the leadership is lost, or `lead` returned."""
@@ -178,14 +178,14 @@ class Election:
         except EtcdError as err:
             self._interrupted(err)
             return
-        log.info("elected", extra={"role": self._role, "term": term.token.revision})
+        log.info("elected", role=self._role, term=term.token.revision)
         with guarded(self._role, lease):
             self._term = term
             try:
                 await _until_lost(lease, self._lead(term, lead), self._deposed(term, lease), name=f"term.{self._role}")
             finally:
                 self._term = None
-                log.info("term ended", extra={"role": self._role, "term": term.token.revision, "lost": not lease.valid()})
+                log.info("term ended", role=self._role, term=term.token.revision, lost=not lease.valid())
                 if not lease.valid() and self._on_lost is not None:
                     self._on_lost(term)
 
@@ -193,7 +193,7 @@ class Election:
         try:
             await lead(term)
         except* (StaleLeader, EtcdError) as group:
-            log.info("leader stood down", extra={"role": self._role, "cause": str(group.exceptions[0])})
+            log.info("leader stood down", role=self._role, cause=str(group.exceptions[0]))
 
     async def _campaign(self, lease: Lease) -> Term:
         """Stands, and returns when no older candidate is left."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from types import TracebackType
 from typing import Self
@@ -11,10 +10,11 @@ from typing import Self
 from inference_runtime.coordination.clock import boottime
 from inference_runtime.coordination.errors import EtcdError, EtcdUnavailable, LeaseLost
 from inference_runtime.coordination.etcd import EtcdClient, KeepAliveStream
+from inference_runtime.telemetry import get_logger
 
 __all__ = ["DEFAULT_TTL_S", "Lease", "margin_s"]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: A lease of 5 s does not survive a frozen etcd leader, one of 10 s does.
 DEFAULT_TTL_S = 10.0
@@ -111,9 +111,9 @@ class Lease:
                     continue
                 pause_s = ttl_s / 3
                 self._valid_until = sent_at + ttl_s - margin_s(ttl_s)
-            log.info("lease not renewed in time", extra={"lease": self._id})
+            log.info("lease not renewed in time", lease=self._id)
         except EtcdError as err:
-            log.info("lease lost", extra={"lease": self._id, "cause": err.message})
+            log.info("lease lost", lease=self._id, cause=err.message)
         finally:
             self._stream.close()
         self.end()
@@ -137,7 +137,7 @@ class Lease:
             async with asyncio.timeout(REVOKE_TIMEOUT_S):
                 await self._client.revoke(self._id)
         except (EtcdError, TimeoutError) as err:
-            log.info("lease left to expire", extra={"lease": self._id, "cause": str(err)})
+            log.info("lease left to expire", lease=self._id, cause=str(err))
 
     async def __aenter__(self) -> Self:
         await self.grant()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from types import TracebackType
 from typing import Self
@@ -12,10 +11,11 @@ from inference_runtime.coordination.clock import Backoff
 from inference_runtime.coordination.errors import EtcdError, LeaseLost
 from inference_runtime.coordination.etcd import EtcdClient
 from inference_runtime.coordination.lease import DEFAULT_TTL_S, Lease
+from inference_runtime.telemetry import get_logger
 
 __all__ = ["Registration"]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: After a lost lease everybody comes back at a random moment within this time, seconds, so that etcd is not overrun.
 REREGISTER_JITTER_S = 2.0
@@ -109,7 +109,7 @@ class Registration:
             try:
                 await lease.grant()
             except EtcdError as err:
-                log.debug("no lease for the registration yet", extra={"cause": err.message})
+                log.debug("no lease for the registration yet", cause=err.message)
                 await asyncio.sleep(backoff.next_s())
                 continue
             backoff.reset()
@@ -124,7 +124,7 @@ class Registration:
                 if not lost:
                     await lease.revoke()
             # Not revoked: the next lease takes the keys over while the old one, if it lives, runs out empty.
-            log.warning("registration lost its lease and registers again", extra={"keys": len(self._wanted)})
+            log.warning("registration lost its lease and registers again", keys=len(self._wanted))
             self._settled.clear()
             await asyncio.sleep(random.uniform(0, self._jitter_s))
 
@@ -151,7 +151,7 @@ class Registration:
                 lease.end()
                 return
             except EtcdError as err:
-                log.debug("registration waits for etcd", extra={"cause": err.message})
+                log.debug("registration waits for etcd", cause=err.message)
                 await asyncio.sleep(backoff.next_s())
                 continue
             backoff.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import AsyncIterator
@@ -15,10 +14,11 @@ from inference_runtime.coordination.clock import Backoff
 from inference_runtime.coordination.errors import Compacted, EtcdError, EtcdUnavailable
 from inference_runtime.coordination.etcd import EtcdClient, WatchStream
 from inference_runtime.coordination.kv import KeyValue, collapse, difference
+from inference_runtime.telemetry import get_logger
 
 __all__ = ["PrefixWatch", "WatchBatch", "watch_prefix"]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Silence after which the stream is reopened, which proves that somebody still answers, seconds.
 SILENCE_S = 30.0
@@ -97,7 +97,7 @@ class PrefixWatch:
                 self.close()
                 if not self._cluster_id and not isinstance(err, EtcdUnavailable):
                     raise
-                log.debug("watch interrupted", extra={"prefix": self._prefix, "cause": err.message})
+                log.debug("watch interrupted", prefix=self._prefix, cause=err.message)
                 await asyncio.sleep(self._backoff.next_s())
                 continue
             except BaseException:

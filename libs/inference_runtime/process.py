@@ -1,0 +1,130 @@
+"""What every service process does the same way: start, stop on a signal, say one sentence when it cannot go on.
+
+`run_service` is the body of each console script; `serve_singleton` is the whole life of a service that campaigns for a role.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import uvloop
+
+from inference_runtime.coordination import Candidate, Election, EtcdClient, LeaderObserver, Term
+from inference_runtime.errors import InferenceError
+from inference_runtime.rpc import RpcServer
+from inference_runtime.settings import EtcdSettings, ServiceSettings, SettingsError, load_settings
+from inference_runtime.telemetry import Telemetry, get_logger, setup_telemetry
+
+__all__ = ["Singleton", "etcd_client", "run_service", "serve_singleton", "speak", "stop_signal"]
+
+log = get_logger(__name__)
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def etcd_client(settings: EtcdSettings) -> EtcdClient:
+    """The client that the settings describe, not yet connected."""
+    return EtcdClient(
+        settings.endpoints,
+        username=settings.username,
+        password=settings.password,
+        ca_file=settings.ca_file,
+        cert_file=settings.cert_file,
+        key_file=settings.key_file,
+    )
+
+
+def stop_signal() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set. Call it on the running loop, once."""
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    return stop
+
+
+@contextlib.contextmanager
+def speak(program: str) -> Iterator[None]:
+    """Turn a known failure into one sentence on stderr. Exit status: 2 for wrong settings, 1 for any other fault."""
+    try:
+        yield
+    except (InferenceError, ExceptionGroup) as err:
+        cause: Exception = err
+        while isinstance(cause, ExceptionGroup):
+            cause = next((e for e in cause.exceptions if isinstance(e, InferenceError)), cause.exceptions[0])
+        if not isinstance(cause, InferenceError):
+            raise
+        print(f"{program}: {cause.message}", file=sys.stderr)  # noqa: T201 - the one sentence a person reads
+        sys.exit(2 if isinstance(cause, SettingsError) else 1)
+
+
+def run_service(cls: type[S], serve: Callable[[S, Telemetry], Awaitable[None]], argv: Sequence[str] | None = None) -> None:
+    """The console script of a service: settings, telemetry, `serve` on a uvloop, until it returns.
+
+    Exit status: 0 after a stop that was asked for, 2 for wrong settings, 1 for any other known fault.
+    """
+    with speak(f"inference-{cls.service.replace('_', '-')}"):
+        settings = load_settings(cls, argv)
+        with contextlib.closing(setup_telemetry(cls.service, settings.telemetry)) as telemetry:
+            uvloop.run(_main(settings, telemetry, serve))
+
+
+async def _main(settings: S, telemetry: Telemetry, serve: Callable[[S, Telemetry], Awaitable[None]]) -> None:
+    await serve(settings, telemetry)
+
+
+class Singleton(Protocol):
+    """A servicer that leads its role for a term at a time."""
+
+    async def lead(self, term: Term) -> None:
+        """Do the leader's work until cancelled."""
+        ...
+
+
+async def serve_singleton(
+    settings: ServiceSettings,
+    telemetry: Telemetry,
+    role: str,
+    make: Callable[[EtcdClient, LeaderObserver], Singleton],
+    register: Callable[[object, object], None],
+    name: str,
+    grace_s: float,
+) -> None:
+    """Campaign for a role and serve, as leader or follower, until SIGTERM or SIGINT.
+
+    Args:
+        settings: The service's.
+        telemetry: The process's.
+        role: What to campaign for.
+        make: Makes the servicer.
+        register: The generated `add_…Servicer_to_server`.
+        name: Full name of the gRPC service.
+        grace_s: Time that running calls get to end, seconds.
+
+    The stop has an order: not serving, resign (the next leader begins, and callers can be told who it is), let calls end.
+    """
+    stop = stop_signal()
+    async with etcd_client(settings.etcd) as etcd:
+        leaders = LeaderObserver(etcd, role)
+        service = make(etcd, leaders)
+        server = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
+        server.add(register, service, name)
+        bound = await server.start()
+        address = settings.rpc.advertise or bound
+        election = Election(etcd, role, Candidate.here(address), ttl_s=settings.etcd.lease_ttl_s)
+        async with asyncio.TaskGroup() as group:
+            observing, campaign = group.create_task(leaders.run()), group.create_task(election.run(service.lead))
+            try:
+                await server.set_serving(True)  # leading or not: a follower answers with the leader's address
+                log.info("serving", address=address)
+                await stop.wait()
+            finally:
+                await server.set_serving(False)
+                campaign.cancel()
+                await asyncio.wait([campaign])
+                await server.stop(grace_s)
+                observing.cancel()
