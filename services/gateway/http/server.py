@@ -35,6 +35,10 @@ SWEEP_S = 0.25
 SEND_BUFFER_BYTES = 64 << 10
 #: Bytes of later requests that wait before reading is paused.
 PARKED_BYTES = 64 << 10
+#: With more than this unread, the client's next request is not begun.
+FULL_BYTES = 64 << 10
+#: Requests of one connection that are begun in one turn of the loop.
+TURN_REQUESTS = 64
 #: A connection that was refused mid-body is read (and ignored) this long, so that the client sees the answer and not a reset.
 LINGER_S = 2.0
 BACKLOG = 4096
@@ -79,7 +83,7 @@ class Connection(asyncio.Protocol):
     """One client connection. The app calls `respond`, or `begin_stream`, `send` … `finish`."""
 
     __slots__ = (
-        "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_head_bytes", "_headers",
+        "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_full", "_head_bytes", "_headers",
         "_held", "_in_head", "_lingering", "_parked", "_parser", "_paused", "_progress", "_pumping", "_queue", "_queued",
         "_refusal", "_server", "_settings", "_stalled_since", "_transport", "_url", "backlog", "busy", "deadline",
         "on_disconnect", "timed_out_status",
@@ -93,7 +97,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._queue: collections.deque[HttpRequest] = collections.deque()
         self._parked = b""
-        self._paused = self._pumping = self._close_after = self._lingering = self._continue = False
+        self._paused = self._pumping = self._close_after = self._lingering = self._continue = self._full = False
         self._refusal: tuple[int, str] | None = None
         self._held: list[bytes] | None = None
         self._queued = self._progress = self._head_bytes = 0
@@ -117,6 +121,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._fd = transport.get_extra_info("socket").fileno()
+        self._transport.set_write_buffer_limits(FULL_BYTES, 0)
         self._closed = False
         self.deadline = self._server.now + self._settings.idle_timeout_s
         self._server.connections.add(self)
@@ -133,10 +138,19 @@ class Connection(asyncio.Protocol):
         if callback is not None:
             callback()
 
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it asks."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._full = False
+        self._pump()
+
     def data_received(self, data: bytes) -> None:
         if self._lingering:
             return
-        if self.busy:
+        if self.busy or self._queue or self._full:
             self._parked += data
             if len(self._parked) > PARKED_BYTES and not self._paused:
                 self._paused = True
@@ -223,9 +237,14 @@ class Connection(asyncio.Protocol):
         if self._pumping:
             return
         self._pumping = True
+        turn = TURN_REQUESTS
         try:
-            while not self.busy and not self._closed and not self._lingering:
+            while not self.busy and not self._closed and not self._lingering and not self._full:
                 if self._queue:
+                    if not turn:  # others have a turn too
+                        asyncio.get_running_loop().call_soon(self._pump)
+                        return
+                    turn -= 1
                     self._begin(self._queue.popleft())
                 elif self._refusal is not None:
                     self._refuse(*self._refusal)

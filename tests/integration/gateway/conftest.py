@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvloop
 
 from inference_runtime.settings import TelemetrySettings
 from inference_runtime.telemetry import Telemetry
@@ -17,6 +18,11 @@ from services.gateway.http.server import listen
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker import GatewayWorker
 from tests.integration.gateway.peer import Peer, deployment_route, peer, until
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run on the gateway's own loop."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class NobodyLeads:
@@ -38,6 +44,7 @@ class Gateway:
         self.url = f"http://{self.address}"
         self.client = httpx.AsyncClient(base_url=self.url, timeout=10)
         self.revision = 0
+        self._writers: list[asyncio.StreamWriter] = []
 
     async def route(self, *lines: coordinator_service_pb2.DeploymentRoute, wait: bool = True) -> None:
         """Hand it a routing table; wait until it reaches every engine in it."""
@@ -54,9 +61,17 @@ class Gateway:
         return await self.client.post("/v1/chat/completions", json=body)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection of its own."""
+        """A connection of its own, closed with the gateway at the latest."""
         host, port = self.address.rsplit(":", 1)
-        return await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(host, int(port))
+        self._writers.append(writer)
+        return reader, writer
+
+    async def close(self) -> None:
+        """Close every client."""
+        await self.client.aclose()
+        for writer in self._writers:
+            writer.close()
 
     def metric(self, line: str) -> float:
         """The value of a series in /metrics' text."""
@@ -82,7 +97,7 @@ async def start_gateway(**overrides: Any) -> AsyncIterator[Gateway]:
         try:
             yield gateway
         finally:
-            await gateway.client.aclose()
+            await gateway.close()
             running.cancel()
             await worker.stop()
     telemetry.close()

@@ -21,15 +21,16 @@ __all__ = ["Peer", "Row", "deployment_route", "error_row", "last_row", "peer", "
 T = TypeVar("T")
 
 DEADLINE_S = 5.0
+POLL_S = 0.005
 
 
-async def until(condition: Callable[[], T], what: str) -> T:
-    """The first true value of a condition. Fails the test when it does not come in time."""
+async def until(condition: Callable[[], T | None], what: str) -> T:
+    """The first true value of a condition. Fails the test, naming `what`, when it does not come in time."""
     async with asyncio.timeout(DEADLINE_S):
-        while not (value := condition()):
-            await asyncio.sleep(0.005)
-    assert value, what
-    return value
+        while True:
+            if value := condition():
+                return value
+            await asyncio.sleep(POLL_S)
 
 
 class Row:
@@ -89,7 +90,9 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
         assert hello.HasField("hello")
         self.sessions += 1
         self._out = asyncio.Queue()
-        welcome = engine_service_pb2.SessionWelcome(engine_id=self.name, boot_id=f"{self.name}-{self.sessions}", protocol_version=1)
+        welcome = engine_service_pb2.SessionWelcome(
+            engine_id=self.name, boot_id=f"{self.name}-{self.sessions}", protocol_version=1
+        )
         await write(engine_service_pb2.SessionResponse(welcome=welcome))
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self._read(read))
@@ -160,7 +163,9 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
 
 def deployment_route(*replicas: common_pb2.Replica, name: str = "") -> coordinator_service_pb2.DeploymentRoute:
     """A line of the routing table."""
-    line = coordinator_service_pb2.DeploymentRoute(deployment=name or replicas[0].deployment, runtime="scripted", replicas=replicas)
+    line = coordinator_service_pb2.DeploymentRoute(
+        deployment=name or replicas[0].deployment, runtime="scripted", replicas=replicas
+    )
     line.first_chunk_timeout.seconds, line.total_timeout.seconds = 5, 10
     return line
 
@@ -171,9 +176,7 @@ async def peer(name: str, port: int = 0) -> AsyncIterator[Peer]:
     telemetry = Telemetry("peer", TelemetrySettings())
     server = RpcServer("127.0.0.1", port, telemetry)
     servicer = Peer(name)
-    server.add(
-        engine_service_pb2_grpc.add_EngineServiceServicer_to_server, servicer, "inference_runtime.v1.EngineService"
-    )
+    server.add(engine_service_pb2_grpc.add_EngineServiceServicer_to_server, servicer, "inference_runtime.v1.EngineService")
     servicer.address = await server.start()
     try:
         yield servicer

@@ -17,11 +17,18 @@ async def test_trap_01_a_unary_answer_carries_the_models_text(gateway: Gateway, 
     """Trap 1: the original answered with an empty message."""
     asking = asyncio.create_task(gateway.chat())
     submission = await engine.submission()
-    engine.send(Row(submission, 0, [7], "Hel"), )
+    engine.send(
+        Row(submission, 0, [7], "Hel"),
+    )
     engine.send(last_row(submission, 1, [8, 9], "lo."))
     answer = (await asking).json()
     assert answer["choices"] == [
-        {"index": 0, "message": {"role": "assistant", "content": "Hello.", "refusal": None}, "logprobs": None, "finish_reason": "stop"}
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
     ]
     assert answer["usage"]["prompt_tokens"] == 3
     assert answer["usage"]["completion_tokens"] == 3
