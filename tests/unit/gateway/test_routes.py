@@ -36,7 +36,7 @@ def replica(name: str, *, revision: str = "r1", state: int = common_pb2.REPLICA_
         engine_id=f"engine-of-{name}",
         address=f"{name}:1",
         revision=revision,
-        state=common_pb2.ReplicaState.Name(state),  # type: ignore[arg-type]
+        state=common_pb2.ReplicaState.Name(state),
     )
 
 
