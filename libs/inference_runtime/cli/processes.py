@@ -25,6 +25,8 @@ __all__ = ["Port", "Process", "ProcessSpec", "RestartPolicy", "stop_all"]
 LAUNCHER = Path(__file__).with_name("launch.py")
 #: Seconds between two looks at a process that is to end.
 POLL_S = 0.02
+#: How Python begins what it says of errors in finalizers.
+IGNORED = "Exception ignored in"
 #: How much of a log's end is searched for the sentence that explains a death.
 LOG_TAIL_BYTES = 16 << 10
 
@@ -183,8 +185,10 @@ class Process:
             data = self.spec.log.read_bytes()[-LOG_TAIL_BYTES:]
         except OSError:
             return ""
-        lines = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        # What the interpreter says while it goes down is noise; frames of exception groups are drawn with | and +.
+        lines = [line.strip(" |+-") for line in data.decode(errors="replace").split(IGNORED)[0].splitlines()]
+        said = [line for line in lines if line.startswith(f"inference-{self.spec.service.replace('_', '-')}: ")]
+        return next(reversed(said or [line for line in lines if line]), "")
 
     def ended_sentence(self) -> str:
         """One sentence: how it ended, its last words, where its log is."""

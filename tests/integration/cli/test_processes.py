@@ -196,6 +196,23 @@ def test_a_death_is_one_sentence_with_the_last_words_and_the_log(make: Callable[
     assert "noise" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("noise\ninference-child: port taken\nmore noise", "inference-child: port taken"),
+        ("trace\n  | TypeError: no\n  +------------------\nException ignored in: <f>\nRuntimeError: closed\n", "TypeError: no"),
+        ("", ""),
+    ],
+    ids=["its own sentence", "an exception group", "silence"],
+)
+def test_the_explanation_is_the_sentence_and_not_the_noise_around_it(make: Callable[..., Process], log: str, words: str) -> None:
+    """A person reads why, not what the interpreter mutters on its way down."""
+    process = make("pass")
+    process.spec.log.write_text(log)
+
+    assert process.explanation() == words
+
+
 def test_a_killed_process_is_said_to_be_killed(make: Callable[..., Process]) -> None:
     """The signal is named, not its number."""
     process = make("import time; time.sleep(60)")
