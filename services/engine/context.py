@@ -1,22 +1,65 @@
-"""The restartable tier: one life of a device context with its runner and the thread that steps it.
+"""The restartable tier: one life of a device context with its runner and what steps it.
 
-This is thread isolation: the context lives in a thread of the engine process. Heavy packages are imported only in that thread,
-by the runtime's `make_runner`. A spawner for child processes offers the same face.
+`Context` is its face for the worker. `ThreadContext` lives in a thread of the engine process: for CPU and tests. Heavy packages
+are imported only in that thread, by the runtime's `make_runner`. `process_context.py` offers the same face for a child process.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
 
-from inference_runtime.runner import LoadProgress, RunnerConfig, RunnerInfo, Runtime, StepRequest
+from inference_runtime.runner import Isolation, LoadProgress, RunnerConfig, RunnerInfo, Runtime, StepRequest
 from inference_runtime.stepping import StepLoop, StepReport
+from inference_runtime.supervision import ContextFault, Fault
 
-__all__ = ["ThreadContext"]
+__all__ = ["Context", "ContextFactory", "OnStep", "ThreadContext"]
+
+OnStep = Callable[[StepReport], None]
+
+
+class Context(Protocol):
+    """One life. Made by the worker's supervisor, which starts, watches and closes it."""
+
+    @property
+    def progress(self) -> LoadProgress:
+        """How far loading is."""
+        ...
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What was loaded. Valid after `start`."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model. Raises ContextFault."""
+        ...
+
+    async def died(self) -> Exception:
+        """Wait for its death; the answer is a ContextFault."""
+        ...
+
+    async def close(self) -> None:
+        """Release the device and everything else."""
+        ...
+
+    def admit(self, request: StepRequest) -> None:
+        """Order a sequence in. Raises Backpressure when too many orders wait, BadRequest when this one cannot be carried."""
+        ...
+
+    def abort(self, sequence_id: int) -> None:
+        """Order a sequence out before the next step."""
+        ...
+
+
+#: Makes the context of a life: what to load, name, generation, who hears of each step (on the event loop; not after `close`).
+ContextFactory = Callable[[RunnerConfig, str, int, OnStep], Context]
 
 
 class ThreadContext:
-    """One life. Made by the worker's supervisor, which starts, watches and closes it.
+    """A context in a thread of this process.
 
     Args:
         runtime: Makes the runner.
@@ -25,20 +68,19 @@ class ThreadContext:
         on_step: Hears of each step, on the event loop. Not called after `close`.
     """
 
-    def __init__(self, runtime: Runtime, config: RunnerConfig, *, name: str, on_step: Callable[[StepReport], None]) -> None:
+    def __init__(self, runtime: Runtime, config: RunnerConfig, *, name: str, on_step: OnStep) -> None:
         loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[RunnerInfo] = loop.create_future()
         self._died: asyncio.Future[Exception] = loop.create_future()
         self._deliver = on_step
         self._closed = False
-        #: How far loading is.
         self.progress = LoadProgress(0, 0, "starting")
         self._steps = StepLoop(
             lambda: runtime.make_runner(config), self, name=name, max_batch=config.max_batch, progress=self._note_progress
         )
 
     async def start(self) -> None:
-        """Load the model. Raises what its load raises."""
+        """Load the model. Raises ContextFault."""
         self._steps.start()
         await self._loaded
 
@@ -72,16 +114,18 @@ class ThreadContext:
     def on_loaded(self, info: RunnerInfo) -> None:
         """The runner is ready."""
         if not self._loaded.done():
-            self._loaded.set_result(info)
+            self._loaded.set_result(replace(info, isolation=Isolation.THREAD))
 
     def on_step(self, report: StepReport) -> None:
         """Pass a step on, unless this life was given up: what it did since is not wanted any more."""
         if not self._closed:
             self._deliver(report)
 
-    def on_death(self, err: Exception) -> None:
+    def on_death(self, err: Exception, fault: Fault) -> None:
         """The loop is over."""
+        death = ContextFault(fault)
+        death.__cause__ = err
         if not self._loaded.done():
-            self._loaded.set_exception(err)
+            self._loaded.set_exception(death)
         if not self._died.done():
-            self._died.set_result(err)
+            self._died.set_result(death)

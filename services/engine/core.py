@@ -29,8 +29,9 @@ from inference_runtime.errors import (
 from inference_runtime.generation import ChatPrompt, FinishReason, SamplingParams, TextPart, TextPrompt
 from inference_runtime.runner import Codec, RunnerConfig, RunnerInfo, Runtime
 from inference_runtime.stepping import ChoiceAssembler, StepReport, check_supported, encode_prompt, fit_context
-from inference_runtime.supervision import GaveUp
+from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
+from services.engine.context import ContextFactory
 from services.engine.stream import Outlet, Stream
 from services.engine.submission import Submission
 from services.engine.worker import Flight, Worker
@@ -78,7 +79,9 @@ class EngineCore:
         replica_id: Its id in the cluster.
         spec: The deployment.
         revision: Of the deployment.
-        runtime: Makes codec and runners.
+        runtime: Makes the codec.
+        contexts: Makes the contexts that its runners live in.
+        policy: When restarts of a context are too many.
         accelerators: Devices it may use.
         tokenisers: Threads that tokenise long prompts.
         metrics: Where it counts.
@@ -92,6 +95,8 @@ class EngineCore:
         revision: str,
         runtime: Runtime,
         *,
+        contexts: ContextFactory,
+        policy: RestartPolicy = DEFAULT_POLICY,
         accelerators: tuple[int, ...] = (),
         tokenisers: Executor,
         metrics: CoreMetrics,
@@ -110,7 +115,7 @@ class EngineCore:
             max_context_tokens=spec.serving.max_context_tokens,
             max_batch=spec.serving.max_concurrent,
         )
-        self._worker = Worker(runtime, self._config, name=replica_id, listener=self)
+        self._worker = Worker(contexts, self._config, name=replica_id, listener=self, policy=policy)
         self._tokenisers, self._metrics, self._on_change = tokenisers, metrics, on_change
         self._codec: Codec | None = None
         self._numbers = itertools.count(1)
@@ -168,6 +173,11 @@ class EngineCore:
     def rebuild(self) -> None:
         """Replace the context; running requests continue on the next one where the runner can resume."""
         self._worker.rebuild()
+
+    def reset(self) -> None:
+        """Forget why it failed, so that `run` may be called again. Only for a replica in FAILED whose `run` is over."""
+        self._worker.reset()
+        self._set_state(CoreState.LOADING, "")
 
     def _set_state(self, state: CoreState, reason: str) -> None:
         self.state, self.reason = state, reason

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 
 from inference_runtime.deployment import infer_runtime
 from inference_runtime.errors import Draining, InferenceError, NoReplica
-from inference_runtime.runner import load_runtime
+from inference_runtime.runner import Isolation, load_runtime
 from inference_runtime.settings import environment
+from inference_runtime.supervision import DEFAULT_POLICY, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1 import common_pb2, engine_service_pb2
 from inference_runtime.wire import capabilities_to_proto, spec_from_proto
 from services.engine.core import CoreMetrics, CoreState, EngineCore
+from services.engine.hosting import choose_isolation, process_contexts, thread_contexts
+from services.engine.process_context import HANG_S
 from services.engine.settings import EngineSettings
+from services.engine.spawner import Spawner
 from services.engine.stream import Outlet, Stream
 from services.engine.submission import submission_from_proto
 
@@ -51,6 +55,8 @@ class Replicas:
         telemetry: Where metrics go.
         publish: Called with a replica whenever its record changed.
         withdraw: Called with deployment and id once a replica is gone.
+        policy: When restarts of a context are too many.
+        hang_s: Least time without a step after which a context in a process counts as hung, seconds.
     """
 
     def __init__(
@@ -61,11 +67,14 @@ class Replicas:
         *,
         publish: Callable[[common_pb2.Replica], None],
         withdraw: Callable[[str, str], None],
+        policy: RestartPolicy = DEFAULT_POLICY,
+        hang_s: float = HANG_S,
     ) -> None:
         self.engine = engine
         self.draining = False
         self._drain_timeout_s = settings.drain_timeout_s
         self._publish, self._withdraw = publish, withdraw
+        self._policy, self._hang_s, self._spawner = policy, hang_s, Spawner()
         self._metrics = CoreMetrics(telemetry)
         self._tokenisers = ThreadPoolExecutor(settings.tokenise_threads, thread_name_prefix="tokenise")
         self._hosted: dict[str, _Hosted] = {}
@@ -82,6 +91,7 @@ class Replicas:
                 await asyncio.Event().wait()
         finally:
             self._group = None
+            self._spawner.close()
             self._tokenisers.shutdown(wait=False, cancel_futures=True)
 
     def assign(self, assignment: common_pb2.Assignment) -> None:
@@ -121,13 +131,20 @@ class Replicas:
         hosted = self._hosted[assignment.replica_id] = _Hosted(assignment)
         assert self._group is not None, "run() comes first"
         try:
-            spec = spec_from_proto(assignment.spec)
+            spec, accelerators = spec_from_proto(assignment.spec), tuple(assignment.accelerators)
+            runtime = load_runtime(infer_runtime(spec, environment(), []))
+            if choose_isolation(spec, accelerators) is Isolation.THREAD:
+                contexts = thread_contexts(runtime)
+            else:
+                contexts = process_contexts(self._spawner, runtime.name, accelerators, hang_s=self._hang_s)
             hosted.core = EngineCore(
                 assignment.replica_id,
                 spec,
                 assignment.revision,
-                load_runtime(infer_runtime(spec, environment(), [])),
-                accelerators=tuple(assignment.accelerators),
+                runtime,
+                contexts=contexts,
+                policy=self._policy,
+                accelerators=accelerators,
                 tokenisers=self._tokenisers,
                 metrics=self._metrics,
                 on_change=lambda core: self._note(hosted),
@@ -216,6 +233,28 @@ class Replicas:
         if core.state is not CoreState.SERVING:
             raise NoReplica(f"replica {replica_id!r} could not be rebuilt: {core.reason or 'it drains'}")
         return core.context_generation
+
+    def reset(self, replica_id: str) -> None:
+        """Arm a replica again that gave up: its faults are forgotten and a new context is started. Others are left as they are.
+
+        Raises:
+            NoReplica: It is not hosted here.
+        """
+        hosted = self._hosted.get(replica_id)
+        if hosted is None or self.draining:
+            raise NoReplica(f"this engine does not host replica {replica_id!r}, or it drains")
+        if hosted.core is None:  # it could not even begin
+            self._start(hosted.assignment)
+        elif hosted.core.state is CoreState.FAILED:
+            assert self._group is not None, "run() comes first"
+            log.info("replica is reset", replica=replica_id, deployment=hosted.assignment.deployment)
+            hosted.core.reset()
+            hosted.task = self._group.create_task(self._run_again(hosted.core, hosted.task), name=f"replica-{replica_id}")
+
+    async def _run_again(self, core: EngineCore, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        await core.run()
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

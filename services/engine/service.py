@@ -135,6 +135,13 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         generation = await self._replicas.rebuild(request.replica_id)
         return engine_service_pb2.RebuildReplicaResponse(context_generation=generation)
 
+    async def ResetReplica(
+        self, request: engine_service_pb2.ResetReplicaRequest, context: object
+    ) -> engine_service_pb2.ResetReplicaResponse:
+        """Arm a replica again that gave up."""
+        self._replicas.reset(request.replica_id)
+        return engine_service_pb2.ResetReplicaResponse()
+
     def notify_draining(self) -> None:
         """Tell every session that the engine drains."""
         for session in self.sessions:

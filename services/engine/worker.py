@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from inference_runtime.errors import Backpressure, ContextPoisoned, InferenceError, Internal
+from inference_runtime.errors import ContextPoisoned, InferenceError, Internal
 from inference_runtime.generation import SamplingParams
-from inference_runtime.runner import RunnerConfig, RunnerInfo, Runtime, StepOutput, StepRequest
+from inference_runtime.runner import RunnerConfig, RunnerInfo, StepOutput, StepRequest
 from inference_runtime.stepping import StepReport
-from inference_runtime.supervision import GaveUp, RestartIntensity, Supervisor, decide
+from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy, Supervisor
 from inference_runtime.telemetry import get_logger
-from services.engine.context import ThreadContext
+from services.engine.context import Context, ContextFactory
 
 __all__ = ["Flight", "FlightOwner", "Worker", "WorkerListener"]
 
@@ -86,21 +86,29 @@ class Worker:
     """Runs sequences on a context that may die.
 
     Args:
-        runtime: Makes runners.
-        config: What they are configured with.
+        contexts: Makes contexts, in a thread or a process of their own.
+        config: What their runners are configured with.
         name: For threads and logs.
         listener: Hears about the whole.
+        policy: When restarts are too many, and the pauses between them.
     """
 
-    def __init__(self, runtime: Runtime, config: RunnerConfig, *, name: str, listener: WorkerListener) -> None:
-        self._runtime, self._config, self._name, self._listener = runtime, config, name, listener
-        self._context: ThreadContext | None = None
+    def __init__(
+        self,
+        contexts: ContextFactory,
+        config: RunnerConfig,
+        *,
+        name: str,
+        listener: WorkerListener,
+        policy: RestartPolicy = DEFAULT_POLICY,
+    ) -> None:
+        self._contexts, self._config, self._name, self._listener = contexts, config, name, listener
+        self._context: Context | None = None
         self._flights: dict[int, Flight] = {}
         self._info: RunnerInfo | None = None
-        self._supervisor: Supervisor[ThreadContext] = Supervisor(
+        self._supervisor: Supervisor[Context] = Supervisor(
             self._spawn,
-            decide=decide,
-            intensity=RestartIntensity(),
+            policy=policy,
             on_ready=self._on_ready,
             on_down=self._on_down,
             now_s=time.monotonic,
@@ -137,12 +145,12 @@ class Worker:
             raise
 
     def launch(self, flight: Flight) -> None:
-        """Put a sequence on the context. `ready` must be true. A full mailbox is reported as the sequence's failure."""
+        """Put a sequence on the context. `ready` must be true. A refusal is reported as the sequence's failure."""
         assert self._context is not None
         self._flights[flight.sequence_id] = flight
         try:
             self._context.admit(flight.step_request())
-        except Backpressure as err:
+        except InferenceError as err:
             del self._flights[flight.sequence_id]
             flight.owner.on_failure(err)
 
@@ -161,12 +169,16 @@ class Worker:
         """Replace the context now; what runs is continued on the next one."""
         self._supervisor.restart(_Rebuild("a rebuild was asked for"))
 
+    def reset(self) -> None:
+        """Forget all faults, so that `run` may be called again after it gave up."""
+        self._supervisor.reset()
+
     # --- what the supervisor and the context say ---------------------------------------------------------------------
 
-    def _spawn(self, generation: int) -> ThreadContext:
-        return ThreadContext(self._runtime, self._config, name=f"{self._name}-context-{generation}", on_step=self._on_step)
+    def _spawn(self, generation: int) -> Context:
+        return self._contexts(self._config, f"{self._name}-context-{generation}", generation, self._on_step)
 
-    def _on_ready(self, context: ThreadContext, generation: int) -> None:
+    def _on_ready(self, context: Context, generation: int) -> None:
         self._context, self._info = context, context.info
         for flight in list(self._flights.values()):
             self.launch(flight)
@@ -184,7 +196,7 @@ class Worker:
                 self._fail(flight, "was present at the death of two contexts")
             elif flight.generated and not can_resume:
                 self._fail(flight, "had begun, and this runtime cannot continue an answer")
-        self._listener.on_down(err)
+        self._listener.on_down(ContextPoisoned(str(err)) if fault else err)
 
     def _on_step(self, report: StepReport) -> None:
         flights = self._flights

@@ -72,6 +72,8 @@ class ScriptedOptions:
         max_context_tokens: Prompt and output together.
         poison_at_step: Raise ContextPoisoned in this step. 0: never.
         poison_at_token: Raise ContextPoisoned instead of this token of all tokens. 0: never.
+        sticky_at_token: From this token on, of all tokens, every call fails with code 710 until the process ends, in every later
+            life of this (model, options) too: what a device-side assert does to a process. 0: never.
         poison_times: Lives that are poisoned, for each (model, options) in a process. 0: every life.
         fail_admit: Refuse every sequence whose number is a multiple of this with ServerError. 0: none, 1: all.
         hang_at_step: Stop making progress in this step. 0: never.
@@ -88,6 +90,7 @@ class ScriptedOptions:
     max_context_tokens: int = DEFAULT_CONTEXT_TOKENS
     poison_at_step: int = 0
     poison_at_token: int = 0
+    sticky_at_token: int = 0
     poison_times: int = 1
     fail_admit: int = 0
     hang_at_step: int = 0
@@ -165,21 +168,44 @@ class OutOfMemoryError(RuntimeError):
     """What a device allocator raises. Known to the decider by this name."""
 
 
+class AcceleratorError(RuntimeError):
+    """What a device library raises for a CUDA error. Known to the decider by its code."""
+
+    def __init__(self, message: str, error_code: int) -> None:
+        super().__init__(message)
+        self.error_code = error_code
+
+
 class _Lives:
-    """Counts poisoned lives for each (model, options) in this process: the memory that a new context does not have."""
+    """What this process remembers of each (model, options) and a new context does not: poisoned lives, and a sticky error."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
+        self._stuck: set[str] = set()
         self._lock = threading.Lock()  # contexts of several replicas load in threads of their own
 
     def poison(self, config: RunnerConfig, times: int) -> bool:
         """Whether one more life may be poisoned; counts it if so."""
-        key = f"{config.model} {sorted(config.options.items())!r}"
+        key = _key(config)
         with self._lock:
             if times and self._counts.get(key, 0) >= times:
                 return False
             self._counts[key] = self._counts.get(key, 0) + 1
             return True
+
+    def stick(self, config: RunnerConfig) -> None:
+        """From now on this process cannot compute."""
+        with self._lock:
+            self._stuck.add(_key(config))
+
+    def stuck(self, config: RunnerConfig) -> bool:
+        """Whether it can not."""
+        with self._lock:
+            return _key(config) in self._stuck
+
+
+def _key(config: RunnerConfig) -> str:
+    return f"{config.model} {sorted(config.options.items())!r}"
 
 
 _lives = _Lives()
@@ -217,6 +243,7 @@ class ScriptedRunner:
 
     def load(self, report: Callable[[LoadProgress], None]) -> RunnerInfo:
         """Take `load_s`, then work or fail as the options say."""
+        self._check_stuck()
         report(LoadProgress(0, 0, "reading the script"))
         time.sleep(self._options.load_s)
         if self._options.load_fails:
@@ -233,6 +260,7 @@ class ScriptedRunner:
 
     def admit(self, request: StepRequest) -> None:
         """Take a sequence in."""
+        self._check_stuck()
         self._admitted += 1
         if self._options.fail_admit and self._admitted % self._options.fail_admit == 0:
             raise ServerError("the scripted runner is told to refuse this sequence (fail_admit)")
@@ -280,6 +308,10 @@ class ScriptedRunner:
             del self._sequences[sequence_id]
         return outputs
 
+    def probe(self) -> bool:
+        """Whether this process can still compute."""
+        return not _lives.stuck(self._config)
+
     def close(self) -> None:
         """Forget the sequences."""
         self._sequences.clear()
@@ -296,11 +328,19 @@ class ScriptedRunner:
             now = time.monotonic()
         return now
 
+    def _check_stuck(self) -> None:
+        if self._options.sticky_at_token and _lives.stuck(self._config):
+            raise AcceleratorError("the scripted device asserted (sticky_at_token)", 710)
+
     def _fault(self, now: float) -> None:
         """Fail here, if the options say so."""
         o = self._options
-        step = o.tokens_per_step
-        upcoming = sum(min(step, s.left) for s in self._sequences.values() if s.ready_at <= now) if o.poison_at_token else 0
+        step, upcoming = o.tokens_per_step, 0
+        if o.poison_at_token or o.sticky_at_token:
+            upcoming = sum(min(step, s.left) for s in self._sequences.values() if s.ready_at <= now)
+        if self._tokens < o.sticky_at_token <= self._tokens + upcoming:
+            _lives.stick(self._config)
+        self._check_stuck()
         token_due = self._tokens < o.poison_at_token <= self._tokens + upcoming
         if (token_due or self._steps == o.poison_at_step) and _lives.poison(self._config, o.poison_times):
             raise ContextPoisoned("the scripted context is poisoned (poison_at_step, poison_at_token)")

@@ -6,11 +6,20 @@ How a child is made (thread, process) is the spawner's business; this loop is th
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
-from inference_runtime.errors import InferenceError
-from inference_runtime.supervision.policy import Directive, RestartIntensity
+from inference_runtime.supervision.policy import (
+    DEFAULT_POLICY,
+    Decider,
+    Directive,
+    Fault,
+    FaultPhase,
+    RestartIntensity,
+    RestartPolicy,
+    restart_delay_s,
+)
 
 __all__ = ["Child", "GaveUp", "Supervisor"]
 
@@ -23,7 +32,7 @@ class Child(Protocol):
         ...
 
     async def died(self) -> Exception:
-        """Wait for its death, and return the cause."""
+        """Wait for its death, and return the cause: a ContextFault, or what the decider will take for one."""
         ...
 
     async def close(self) -> None:
@@ -43,8 +52,7 @@ class Supervisor(Generic[C]):
 
     Args:
         spawn: Makes the child of a generation (1, 2, …). Does not start it.
-        decide: What to do about the exception that ended a life.
-        intensity: When restarts are too many.
+        policy: When restarts are too many, and the pauses between them.
         on_ready: Called with each child that works, and its generation.
         on_down: Called with the cause after each death that will be followed by a restart, before the old child is closed.
         now_s: Monotonic clock, seconds.
@@ -54,13 +62,13 @@ class Supervisor(Generic[C]):
         self,
         spawn: Callable[[int], C],
         *,
-        decide: Callable[[BaseException], Directive],
-        intensity: RestartIntensity,
+        policy: RestartPolicy = DEFAULT_POLICY,
         on_ready: Callable[[C, int], None],
         on_down: Callable[[Exception], None],
         now_s: Callable[[], float],
     ) -> None:
-        self._spawn, self._decide, self._intensity = spawn, decide, intensity
+        self._spawn, self._policy = spawn, policy
+        self._decider, self._intensity = Decider(), RestartIntensity(policy)
         self._on_ready, self._on_down, self._now_s = on_ready, on_down, now_s
         self._asked: asyncio.Future[Exception] | None = None
         #: Number of the present life, from 1.
@@ -69,9 +77,14 @@ class Supervisor(Generic[C]):
         self.restarts = 0
 
     def restart(self, cause: Exception) -> None:
-        """Replace the child now. Does not count against the intensity. Ignored while no child works."""
+        """Replace the child now. Does not count as a fault. Ignored while no child works."""
         if self._asked is not None and not self._asked.done():
             self._asked.set_result(cause)
+
+    def reset(self) -> None:
+        """Forget all faults, so that `run` may be called again after it gave up."""
+        self._decider.reset()
+        self._intensity.reset()
 
     async def run(self) -> None:
         """Supervise until cancelled.
@@ -84,42 +97,44 @@ class Supervisor(Generic[C]):
         while True:
             self.generation += 1
             child = self._spawn(self.generation)
+            pause_s = 0.0
             try:
-                err, asked = await self._live(child)
+                err, worked_s, asked = await self._live(child)
                 if not asked:
-                    self._check(err)
+                    pause_s = self._check(err, worked_s)
                 self.restarts += 1
                 self._on_down(err)
             finally:
                 await child.close()
+            if pause_s:
+                await asyncio.sleep(pause_s)
 
-    async def _live(self, child: C) -> tuple[Exception, bool]:
-        """One life. Returns what ended it, and whether that was asked for."""
+    async def _live(self, child: C) -> tuple[Exception, float | None, bool]:
+        """One life. Returns what ended it, how long it worked (seconds; None: never), and whether the end was asked for."""
         try:
             await child.start()
         except Exception as err:  # noqa: BLE001 - whatever a child's start raises is the decider's to judge
-            return err, False
+            return err, None, False
         self._asked = asyncio.get_running_loop().create_future()
+        begin_s = self._now_s()
         self._on_ready(child, self.generation)
         try:
-            return await _first(child.died(), self._asked)
+            cause, asked = await _first(child.died(), self._asked)
+            return cause, self._now_s() - begin_s, asked
         finally:
             self._asked.cancel()
 
-    def _check(self, err: Exception) -> None:
-        """Raise GaveUp when this fault ends it all."""
-        directive = self._decide(err)
-        if directive is not Directive.RESTART:
-            raise GaveUp(_sentence(err)) from err
-        if not self._intensity.allow(self._now_s()):
-            raise GaveUp(
-                f"died more than {self._intensity.max_restarts} times within {self._intensity.window_s:g} s; "
-                f"the last cause: {_sentence(err)}"
-            ) from err
-
-
-def _sentence(err: Exception) -> str:
-    return err.message if isinstance(err, InferenceError) else f"{type(err).__name__}: {err}"
+    def _check(self, err: Exception, worked_s: float | None) -> float:
+        """The pause before the next life, seconds. Raises GaveUp when this fault ends it all."""
+        fault = Fault.of(err, FaultPhase.LOAD if worked_s is None else FaultPhase.STEP)
+        now_s = self._now_s()
+        verdict = self._decider.judge(fault, now_s)
+        if verdict.directive is Directive.STOP:  # RESUME is too late here: the life is over, so it restarts
+            raise GaveUp(fault.sentence) from err
+        refusal = self._intensity.note(now_s, worked_s or 0.0)
+        if refusal:
+            raise GaveUp(f"{refusal}; the last cause: {fault.sentence}") from err
+        return restart_delay_s(self._policy, self._intensity.in_a_row, random.random())
 
 
 async def _first(died: Awaitable[Exception], asked: asyncio.Future[Exception]) -> tuple[Exception, bool]:

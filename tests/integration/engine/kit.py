@@ -20,6 +20,7 @@ from inference_runtime.generation import (
 )
 from inference_runtime.rpc import RpcServer, error_from_status, open_channel
 from inference_runtime.settings import TelemetrySettings
+from inference_runtime.supervision import RestartPolicy
 from inference_runtime.telemetry import Telemetry
 from inference_runtime.testing.scripted import user_says
 from inference_runtime.v1 import common_pb2, engine_service_pb2, engine_service_pb2_grpc
@@ -29,6 +30,8 @@ from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
 
 WAIT_S = 10.0
+#: As in production, without the pauses.
+NO_BACKOFF = RestartPolicy(backoff_s=(0.0,))
 TEN_TOKENS = SamplingParams(max_tokens=10)
 
 
@@ -48,6 +51,8 @@ def assignment(
     serving: Mapping[str, object] = {},
     timeouts: Mapping[str, object] = {},
     replica: str = "",
+    isolation: str = "auto",
+    accelerators: tuple[int, ...] = (),
 ) -> common_pb2.Assignment:
     """An assignment of a scripted deployment."""
     spec = parse_deployment(
@@ -58,6 +63,7 @@ def assignment(
             "runtime_config": dict(config),
             "serving": dict(serving),
             "timeouts": dict(timeouts),
+            "isolation": isolation,
         }
     )
     return common_pb2.Assignment(
@@ -67,6 +73,7 @@ def assignment(
         spec=spec_to_proto(spec),
         generation=1,
         revision=revision_of(spec, "scripted"),
+        accelerators=accelerators,
         fencing_token=common_pb2.FencingToken(role="deployment_manager", cluster_id=1, revision=1),
     )
 
@@ -74,7 +81,7 @@ def assignment(
 class EngineUnderTest:
     """Replicas and service of one engine."""
 
-    def __init__(self, buffer: int = 65_536) -> None:
+    def __init__(self, buffer: int = 65_536, policy: RestartPolicy = NO_BACKOFF, hang_s: float = 30.0) -> None:
         self.telemetry = Telemetry("engine", TelemetrySettings())
         self.published: list[common_pb2.Replica] = []
         self.withdrawn: list[str] = []
@@ -86,6 +93,8 @@ class EngineUnderTest:
             self.telemetry,
             publish=self._published,
             withdraw=self._withdrawn,
+            policy=policy,
+            hang_s=hang_s,
         )
         self.service = EngineService(
             self.replicas,
@@ -120,9 +129,11 @@ class EngineUnderTest:
 
 
 @contextlib.asynccontextmanager
-async def running_engine(buffer: int = 65_536) -> AsyncIterator[EngineUnderTest]:
+async def running_engine(
+    buffer: int = 65_536, policy: RestartPolicy = NO_BACKOFF, hang_s: float = 30.0
+) -> AsyncIterator[EngineUnderTest]:
     """An engine, from start to an orderly end."""
-    engine = EngineUnderTest(buffer)
+    engine = EngineUnderTest(buffer, policy, hang_s)
     server = RpcServer("127.0.0.1", 0, engine.telemetry)
     server.add(engine_service_pb2_grpc.add_EngineServiceServicer_to_server, engine.service, "inference_runtime.v1.EngineService")
     hosting = asyncio.ensure_future(engine.replicas.run())

@@ -13,7 +13,7 @@ from inference_runtime.errors import BadRequest, ContextPoisoned, ServerError, U
 from inference_runtime.generation import FinishReason, Media, Message, Role, SamplingParams
 from inference_runtime.runner import RunnerConfig, StepOutput, StepRequest, load_runtime
 from inference_runtime.runners.scripted import FIRST_WORD, RUNTIME, VOCAB_SIZE, ScriptedCodec, ScriptedRunner, scripted_tokens
-from inference_runtime.supervision import Directive, decide
+from inference_runtime.supervision import Directive, Fault, decide
 from inference_runtime.testing.scripted import expected_text, expected_tokens, user_says
 
 
@@ -172,7 +172,7 @@ def test_running_out_of_memory_is_known_by_its_class() -> None:
     subject.admit(request(1))
     with pytest.raises(RuntimeError) as caught:
         subject.step()
-    assert decide(caught.value) is Directive.RESUME
+    assert decide(Fault.of(caught.value)).directive is Directive.RESUME
 
 
 def test_media_are_refused() -> None:

@@ -8,7 +8,7 @@ import contextlib
 import pytest
 
 from inference_runtime.errors import BadRequest, ContextPoisoned
-from inference_runtime.supervision import GaveUp, RestartIntensity, Supervisor, decide
+from inference_runtime.supervision import GaveUp, RestartPolicy, Supervisor
 
 
 class FakeChild:
@@ -33,7 +33,7 @@ class FakeChild:
 class Story:
     """A supervisor and what happened to it."""
 
-    def __init__(self, *start_faults: Exception | None) -> None:
+    def __init__(self, *start_faults: Exception | None, backoff_s: tuple[float, ...] = ()) -> None:
         self.children: list[FakeChild] = []
         self.down: list[str] = []
         self.ready: list[int] = []
@@ -42,8 +42,7 @@ class Story:
         self._start_faults = list(start_faults)
         self.supervisor = Supervisor(
             self._spawn,
-            decide=decide,
-            intensity=RestartIntensity(),
+            policy=RestartPolicy(backoff_s=backoff_s, jitter=0.0),
             on_ready=self._note_ready,
             on_down=lambda err: self.down.append(str(err)),
             now_s=lambda: self.now_s,
@@ -103,12 +102,13 @@ async def test_trap_12_the_fourth_death_in_a_minute_ends_it() -> None:
 
 
 async def test_deaths_that_are_far_apart_do_not_end_it() -> None:
-    """The clock is the one that was injected."""
+    """The clock is the one that was injected; each life works for a minute."""
     story = Story()
     async with running(story):
         for generation in range(1, 8):
-            story.now_s += 30.0
-            (await story.until_ready(generation)).death.set_result(ContextPoisoned("poisoned"))
+            child = await story.until_ready(generation)
+            story.now_s += 60.0
+            child.death.set_result(ContextPoisoned("poisoned"))
         await story.until_ready(8)
 
 
@@ -137,3 +137,55 @@ async def test_a_replacement_that_was_asked_for_does_not_count_as_a_fault() -> N
             story.supervisor.restart(RuntimeError("by hand"))
         await story.until_ready(8)
         assert story.supervisor.restarts == 7
+
+
+async def test_three_short_lives_far_apart_end_it() -> None:
+    """Slow to load, quick to die: the window alone would never notice."""
+    story = Story()
+    async with running(story) as task:
+        for generation in (1, 2, 3):
+            child = await story.until_ready(generation)
+            story.now_s += 31.0
+            child.death.set_result(ContextPoisoned("poisoned"))
+        with pytest.raises(GaveUp, match="3 lives in a row worked for less than 60 s; the last cause: poisoned"):
+            await asyncio.wait_for(task, 5)
+
+
+async def test_an_unknown_fault_is_forgiven_once() -> None:
+    """Escalation: one new child, and the next time nobody hopes any more."""
+    story = Story()
+    async with running(story) as task:
+        (await story.until_ready(1)).death.set_result(ZeroDivisionError("a bug"))
+        (await story.until_ready(2)).death.set_result(ZeroDivisionError("a bug"))
+        with pytest.raises(GaveUp, match="ZeroDivisionError: a bug"):
+            await asyncio.wait_for(task, 5)
+    assert len(story.children) == 2
+
+
+async def test_after_a_reset_it_runs_again() -> None:
+    """What was counted is forgotten; generations go on."""
+    story = Story()
+    async with running(story) as task:
+        for generation in (1, 2, 3, 4):
+            (await story.until_ready(generation)).death.set_result(ContextPoisoned("poisoned"))
+        with pytest.raises(GaveUp):
+            await asyncio.wait_for(task, 5)
+    story.supervisor.reset()
+    async with running(story):
+        for generation in (5, 6, 7):
+            (await story.until_ready(generation)).death.set_result(ContextPoisoned("poisoned"))
+        await story.until_ready(8)
+
+
+async def test_restarts_in_a_row_are_paused() -> None:
+    """The first is at once, the second is not."""
+    story = Story(backoff_s=(0.0, 0.05))
+    loop = asyncio.get_running_loop()
+    async with running(story):
+        begin = loop.time()
+        (await story.until_ready(1)).death.set_result(ContextPoisoned("poisoned"))
+        second = await story.until_ready(2)
+        at_once = loop.time() - begin
+        second.death.set_result(ContextPoisoned("poisoned"))
+        await story.until_ready(3)
+    assert at_once < 0.05 <= loop.time() - begin
