@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -22,6 +23,8 @@ __all__ = ["LiveRequests", "UsageSink", "new_id"]
 #: Seconds between two looks at the clock for all requests.
 SWEEP_S = 0.25
 ID_BYTES = 16
+#: W3C trace context, version 00 and what later versions promise to keep.
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _POOL_IDS = 256
 _pool: list[str] = []
 
@@ -84,6 +87,8 @@ class LiveRequests:
             raise Draining("this gateway is shutting down; ask another one", retry_after_s=1)
         if len(self.requests) >= self.limits.max_requests:
             raise Backpressure("this gateway has as many requests as it may; try again in a moment", retry_after_s=1)
+        if traceparent and not TRACEPARENT.fullmatch(traceparent):
+            traceparent = ""  # whatever it is, it is no trace of anybody
         if not traceparent and self._telemetry.tracer is not None:
             # Both hops hang their spans under one trace, though nobody outside began it.
             traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
@@ -126,7 +131,7 @@ class LiveRequests:
             self._tokens_in.inc(name, by=request.input_tokens)
             self._tokens_out.inc(name, by=output_tokens)
             self._first_token.observe(first_token_s, name)
-            if output_tokens > 1:
+            if output_tokens > 1 and request.shows_at_once:  # a whole answer comes in few pieces: they tell no pace
                 self._per_token.observe((duration_s - first_token_s) / (output_tokens - 1), name)
         if known:  # a name that nobody deployed has no ledger
             self._usage.add(

@@ -176,7 +176,7 @@ class Request:
         traceparent: str = "",
         time_limit_s: float = float("inf"),
     ) -> None:
-        self._live, self.submission, self.sink, self._shows = live, submission, sink, shows_at_once
+        self._live, self.submission, self.sink, self.shows_at_once = live, submission, sink, shows_at_once
         self._needs, self._idempotent = needs, idempotent
         self.traceparent, self._limit_s = traceparent, time_limit_s
         request = submission.request
@@ -214,7 +214,7 @@ class Request:
         if route is None:
             if self._live.table.known:
                 known = ", ".join(sorted(self._live.table.routes)[:20]) or "none yet"
-                self._finish(DeploymentNotFound(f"no deployment is called {name!r}; there are: {known}", param="model"))
+                self._finish(DeploymentNotFound(f"no deployment is called {name[:200]!r}; there are: {known}", param="model"))
             else:
                 self._finish(NoReplica("this gateway has no routing table yet; try again in a moment", retry_after_s=1))
             return
@@ -234,7 +234,7 @@ class Request:
         route = self._live.table.routes.get(self.model, self._route)
         assert route is not None  # begin() has seen to it
         target = choose(route, self._tried or (), self._revision)
-        if target is None and self._revision and not self._shows:
+        if target is None and self._revision and not self.shows_at_once:
             # Nobody has seen anything yet: where nobody can go on, somebody can start over.
             target = choose(route, self._tried or ())
             if target is not None:
@@ -401,7 +401,7 @@ class Request:
         """Whether another attempt is allowed and can continue what was shown. Counts it."""
         if error.retry is not Retry.ELSEWHERE or not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
             return False
-        if self._shows and self.first_at:
+        if self.shows_at_once and self.first_at:
             if self._resumptions >= self._live.limits.max_resumptions or not target.capabilities.resume:
                 return False
             self._resumptions += 1

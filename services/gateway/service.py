@@ -7,7 +7,7 @@ import collections
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from inference_runtime.errors import Backpressure, InferenceError
+from inference_runtime.errors import Backpressure, BadRequest, InferenceError
 from inference_runtime.rpc import remaining_s
 from inference_runtime.v1 import engine_service_pb2, gateway_service_pb2, gateway_service_pb2_grpc
 from inference_runtime.wire import request_from_proto, seconds
@@ -30,6 +30,8 @@ ChunkDetail = engine_service_pb2.ChunkDetail
 
 #: Chunks that may wait for a caller before it is cut off.
 MAX_UNREAD_CHUNKS = 8192
+#: Longest request id that a caller may bring.
+MAX_ID_CHARS = 128
 
 
 class _CallSink:
@@ -105,6 +107,8 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         """Run one generation."""
         tenant = self._authenticate(context)
         request_from_proto(request.request)  # checks it
+        if len(request.request.request_id) > MAX_ID_CHARS:
+            raise BadRequest(f"request_id has more than {MAX_ID_CHARS} characters", param="request_id")
         submission = engine_service_pb2.Submission(request=request.request)
         generation = submission.request
         generation.request_id = generation.request_id or new_id()

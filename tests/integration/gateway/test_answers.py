@@ -6,7 +6,7 @@ import asyncio
 import json
 
 from tests.integration.gateway.conftest import Gateway
-from tests.integration.gateway.peer import Peer, Row, last_row
+from tests.integration.gateway.peer import Peer, Row, deployment_route, last_row
 
 
 def events(body: str) -> list[str]:
@@ -72,3 +72,52 @@ async def test_a_stream_has_openais_events_in_order(gateway: Gateway, engine: Pe
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["total_tokens"] == 6
     assert all(c["usage"] is None for c in chunks[:-1])
+
+
+async def test_the_clients_trace_goes_on_to_the_engine_and_nonsense_does_not(gateway: Gateway, engine: Peer) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
+    for number, (sent, received) in enumerate([(trace, trace), ("x" * 5000, ""), ("", "")]):
+        headers = {"traceparent": sent} if sent else {}
+        asking = asyncio.create_task(gateway.client.post("/v1/chat/completions", json=body, headers=headers))
+        submission = await engine.submission(number + 1)
+        assert submission.traceparent == received
+        engine.send(last_row(submission, 0, [1], "ok"))
+        assert (await asking).status_code == 200
+
+
+async def test_text_completions_have_their_own_shape(gateway: Gateway, engine: Peer) -> None:
+    asking = asyncio.create_task(gateway.client.post("/v1/completions", json={"model": "demo", "prompt": "once"}))
+    submission = await engine.submission()
+    assert submission.request.text == "once"
+    engine.send(last_row(submission, 0, [1], " upon"))
+    answer = (await asking).json()
+    assert (answer["object"], answer["id"][:5]) == ("text_completion", "cmpl-")
+    assert answer["choices"] == [{"index": 0, "text": " upon", "logprobs": None, "finish_reason": "stop"}]
+    asking = asyncio.create_task(gateway.client.post("/v1/completions", json={"model": "demo", "prompt": "once", "stream": True}))
+    submission = await engine.submission(2)
+    engine.send(Row(submission, 0, [1], " upon"), last_row(submission, 1, [2], " a"))
+    chunks = [json.loads(e) for e in events((await asking).text)[:-1]]
+    assert [c["choices"][0]["text"] for c in chunks] == [" upon", " a", ""]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_log_probabilities_have_openais_shape(gateway: Gateway, engine: Peer) -> None:
+    replica = engine.replica("demo")
+    replica.capabilities.logprobs = True
+    await gateway.route(deployment_route(replica))
+    for number, stream in enumerate([False, True]):
+        asking = asyncio.create_task(gateway.chat(logprobs=True, top_logprobs=1, stream=stream))
+        row = last_row(await engine.submission(number + 1), 0, [7], "é")
+        assert row.detail is not None
+        entry = row.detail.logprobs.add(token_id=7, token="é".encode(), logprob=-0.5)
+        entry.top.add(token_id=8, token=b"\xff", logprob=-1.5)
+        engine.send(row)
+        response = await asking
+        chunk = json.loads(events(response.text)[1]) if stream else response.json()
+        assert chunk["choices"][0]["logprobs"]["content"] == [
+            {
+                "token": "é", "logprob": -0.5, "bytes": [195, 169],
+                "top_logprobs": [{"token": "\ufffd", "logprob": -1.5, "bytes": [255]}],
+            }
+        ]  # fmt: skip
