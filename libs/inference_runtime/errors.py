@@ -33,8 +33,10 @@ __all__ = [
     "RateLimited",
     "RequestCancelled",
     "Retry",
+    "RevisionMismatch",
     "RuntimeNotInstalled",
     "ServerError",
+    "SlowConsumer",
     "StaleLeader",
     "Timeout",
     "Unauthorized",
@@ -216,6 +218,19 @@ class Backpressure(InferenceError):
     retry = Retry.ELSEWHERE
 
 
+class SlowConsumer(InferenceError):
+    """The reader of an answer did not keep up and the answer was cut off. What was generated counts.
+
+    Trying again would meet the same reader, hence never. Metadata: input_tokens, output_tokens.
+    """
+
+    reason = "SLOW_CONSUMER"
+    grpc_code = ErrorCode.RESOURCE_EXHAUSTED
+    http_status = 429
+    http_type = "rate_limit_error"
+    http_code = "slow_consumer"
+
+
 class BudgetExceeded(InferenceError):
     """The budget of a deployment or key is spent (E11)."""
 
@@ -262,6 +277,13 @@ class Draining(ContextPoisoned):
     """The process finishes what it has and takes nothing new."""
 
     reason = "DRAINING"
+    grpc_code = ErrorCode.FAILED_PRECONDITION
+
+
+class RevisionMismatch(ContextPoisoned):
+    """The replica has another revision than the one that made the prefix of this answer. Metadata: revision."""
+
+    reason = "REVISION_MISMATCH"
     grpc_code = ErrorCode.FAILED_PRECONDITION
 
 

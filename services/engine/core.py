@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import heapq
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from inference_runtime.errors import (
     Internal,
     NoReplica,
     RequestCancelled,
+    RevisionMismatch,
     Timeout,
     Unsupported,
 )
@@ -32,8 +32,10 @@ from inference_runtime.stepping import ChoiceAssembler, StepReport, check_suppor
 from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from services.engine.context import ContextFactory
+from services.engine.queue import WaitingRoom, cost_tokens
 from services.engine.stream import Outlet, Stream
 from services.engine.submission import Submission
+from services.engine.turnover import Turnover
 from services.engine.worker import Flight, Worker
 
 __all__ = ["CoreMetrics", "CoreState", "EngineCore"]
@@ -42,6 +44,11 @@ log = get_logger(__name__)
 
 #: Prompts up to this size are tokenised where they arrive: a hop to a thread and back costs more.
 INLINE_PROMPT_CHARS = 1024
+#: Work that may wait, as a multiple of what the runner can hold: a batch of requests as long as the context. Four batches take
+#: longer than most callers wait; with answers of common length the bound by requests comes first.
+WAITING_BATCHES = 4
+#: Bounds of what a caller is told to wait, seconds, and what it is told while the rate is unknown.
+LEAST_RETRY_S, MOST_RETRY_S, UNKNOWN_RETRY_S = 0.1, 60.0, 1.0
 
 
 class CoreState(enum.Enum):
@@ -72,8 +79,9 @@ class CoreMetrics:
 class EngineCore:
     """One replica: submissions in, chunks out.
 
-    At most `max_concurrent` requests run (fewer where the runner's batch is smaller) and `queue_capacity` wait: first come first
-    served within a priority, higher priorities first. All methods belong to the event loop that runs `run`.
+    At most `max_concurrent` requests run (fewer where the runner's batch is smaller) and `queue_capacity` wait, bounded in tokens
+    too: WAITING_BATCHES times what the runner holds. Who is next is the waiting room's decision (queue.py). All methods belong to
+    the event loop that runs `run`.
 
     Args:
         replica_id: Its id in the cluster.
@@ -121,7 +129,8 @@ class EngineCore:
         self._numbers = itertools.count(1)
         self._streams: dict[int, Stream] = {}  # admitted and not ended
         self._running: set[Stream] = set()  # of those, the ones with the worker
-        self._queue: list[tuple[int, int, Stream]] = []  # (-priority, number, stream); ended ones are skipped when met
+        self._room: WaitingRoom[Stream] = WaitingRoom(0, 0)  # of the admitted, those that are ready to run
+        self._turnover = Turnover()
         self._aborting: dict[int, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -168,6 +177,7 @@ class EngineCore:
     def reconfigure(self, spec: DeploymentSpec) -> None:
         """Take over bounds and timeouts of a newer generation of the same revision. Model and runtime stay."""
         self.spec = spec
+        self._size_room()
         self._pump()
 
     def rebuild(self) -> None:
@@ -236,10 +246,11 @@ class EngineCore:
 
         Raises:
             NoReplica: The replica does not serve (yet, or any more).
-            Draining: It takes nothing new, or has another revision than the prefix was made with.
+            Draining: It takes nothing new.
+            RevisionMismatch: It has another revision than the prefix was made with.
             Unsupported: The runtime lacks what was asked for.
             BadRequest, ContextLengthExceeded: The prompt is wrong, or too long.
-            Backpressure: As many run and wait as may.
+            Backpressure: As many run and wait as may, or the wait would be longer than the time that is left.
             Timeout: No time is left.
         """
         info = self._check(submission)
@@ -247,6 +258,8 @@ class EngineCore:
         if total_s <= 0:
             raise Timeout("no time is left for this request", phase="admission", elapsed_s="0")
         prepared = self._prepare(submission, info) if _prompt_chars(submission) <= INLINE_PROMPT_CHARS else None
+        if prepared is not None:
+            self._check_room(submission, *prepared, left_s=min(total_s, self.spec.timeouts.first_chunk_s))
         stream = Stream(self, next(self._numbers), submission, outlet)
         self._streams[stream.number] = stream
         self._idle.clear()
@@ -267,7 +280,7 @@ class EngineCore:
         if info is None:
             raise NoReplica(f"{name} is still loading; try again shortly", retry_after_s=1.0)
         if submission.revision and submission.revision != self.revision:
-            raise Draining(
+            raise RevisionMismatch(
                 f"{name} has revision {self.revision}; the request asks for {submission.revision}, and only replicas of one "
                 "revision continue each other's answers",
                 revision=self.revision,
@@ -275,15 +288,61 @@ class EngineCore:
         check_supported(info, request, submission.prefix)
         if request.sampling.n > 1:
             raise Unsupported("engines produce one choice per request; set n to 1", feature="n", runtime=info.runtime, param="n")
-        limit = self.max_concurrent
-        if self.spec.serving.on_capacity_exhausted == "queue":
-            limit += self.spec.serving.queue_capacity
-        if len(self._streams) >= limit:
+        if len(self._streams) >= self._most_streams:
+            waits = (
+                f"and {self.queued} wait"
+                if self.spec.serving.on_capacity_exhausted == "queue"
+                else "at once and lets nobody wait"
+            )
             raise Backpressure(
-                f"{name} runs {self.running} requests and {self.queued} wait; it takes no more; try another replica, or later",
-                retry_after_s=1.0,
+                f"{name} runs {self.running} requests {waits}; it takes no more; try another replica, or later",
+                retry_after_s=self._retry_after_s(),
             )
         return info
+
+    @property
+    def _most_streams(self) -> int:
+        """Requests that may be here at once."""
+        serving = self.spec.serving
+        return self.max_concurrent + (serving.queue_capacity if serving.on_capacity_exhausted == "queue" else 0)
+
+    def _size_room(self) -> None:
+        if self.info is not None:
+            # While the context is away, those that would run wait too: the room holds everybody. `_check` keeps the places apart.
+            self._room.max_requests = self._most_streams
+            self._room.max_tokens = WAITING_BATCHES * self.info.max_batch * self.info.max_context_tokens
+
+    def _check_room(self, submission: Submission, tokens: Sequence[int], sampling: SamplingParams, left_s: float) -> None:
+        """Refuse what would have to wait and may not, or would wait for longer than it has time."""
+        if self._has_place and not self._room:
+            return
+        request, cost = submission.request, cost_tokens(len(tokens), sampling, len(submission.prefix))
+        name = f"replica {self.replica_id} of deployment {self.spec.name!r}"
+        if not self._room.fits(cost):
+            raise Backpressure(
+                f"{name} has {self._room.tokens} tokens of work waiting; {cost} more are too many; try another replica, or later",
+                retry_after_s=self._retry_after_s(),
+            )
+        rate = self._turnover.tokens_per_s(time.monotonic())
+        wait_s = self._room.ahead(request.tenant, request.priority, cost) / rate if rate else 0.0
+        if wait_s > left_s:
+            raise Backpressure(
+                f"{name} would begin this in about {wait_s:.1f} s and {left_s:.1f} s are left; try another replica, or later",
+                retry_after_s=_bounded(wait_s),
+            )
+
+    def _retry_after_s(self) -> float:
+        """When trying again may help: once what waits now is served, or, where nothing waits, once a place is free."""
+        now = time.monotonic()
+        rate, ends = self._turnover.tokens_per_s(now), self._turnover.ends_per_s(now)
+        if not rate:
+            return UNKNOWN_RETRY_S
+        return _bounded(self._room.tokens / rate if self._room else 1.0 / ends)
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether a request could start now."""
+        return self._worker.ready and len(self._running) < self.max_concurrent
 
     def _prepare(self, submission: Submission, info: RunnerInfo) -> tuple[Sequence[int], SamplingParams]:
         """Tokenise and fit into the context. Thread-safe: called here, or in a tokeniser thread."""
@@ -310,10 +369,16 @@ class EngineCore:
         if stream.ended or future.cancelled():
             return
         err = future.exception()
-        if err is None:
-            self._enqueue(stream, *future.result())
-        else:
+        if err is not None:
             stream.fail(err if isinstance(err, InferenceError) else Internal(f"tokenising failed: {err!r}"))
+            return
+        tokens, sampling = future.result()
+        try:
+            self._check_room(stream.submission, tokens, sampling, left_s=stream.first_chunk_by_s - time.monotonic())
+        except Backpressure as full:
+            stream.fail(full)
+        else:
+            self._enqueue(stream, tokens, sampling)
 
     def _enqueue(self, stream: Stream, tokens: Sequence[int], sampling: SamplingParams) -> None:
         submission = stream.submission
@@ -322,20 +387,49 @@ class EngineCore:
         if stream.choice.stopped or len(submission.prefix) >= sampling.max_tokens:  # the prefix is the whole answer
             stream.deliver(stream.choice.end(FinishReason.STOP if stream.choice.stopped else FinishReason.LENGTH))
             return
-        salt = submission.request.tenant
-        stream.flight = Flight(stream.number, tokens, sampling, stream, list(submission.prefix), salt)
-        heapq.heappush(self._queue, (-submission.request.priority, stream.number, stream))
+        request = submission.request
+        stream.flight = Flight(stream.number, tokens, sampling, stream, list(submission.prefix), request.tenant)
+        stream.place = self._room.put(
+            stream,
+            tenant=request.tenant,
+            priority=request.priority,
+            tokens=cost_tokens(len(tokens), sampling, len(submission.prefix)),
+            now_s=time.monotonic(),
+            deadline_s=stream.first_chunk_by_s,
+        )
         self._pump()
 
     def _pump(self) -> None:
-        """Give free places to whoever waits longest within the highest priority."""
-        while self._queue and self._worker.ready and len(self._running) < self.max_concurrent:
-            stream = heapq.heappop(self._queue)[2]
-            if not stream.ended:
-                assert stream.flight is not None
-                self._running.add(stream)
-                self._metrics.queue_s.observe(time.monotonic() - stream.admitted_s, self.spec.name)
-                self._worker.launch(stream.flight)
+        """Give free places to those whose turn it is."""
+        if self._room and self._has_place:
+            now = time.monotonic()
+            while self._has_place:
+                waiting, expired = self._room.take(now)
+                if waiting is not None:
+                    self._start(waiting.item, now)
+                for late in expired:  # after that: each end may give away the places that are left
+                    late.item.expire()
+                if waiting is None:
+                    break
+        self._turnover.note_full(time.monotonic(), len(self._running) >= self.max_concurrent)
+
+    def _start(self, stream: Stream, now: float) -> None:
+        assert stream.flight is not None
+        self._running.add(stream)
+        self._metrics.queue_s.observe(now - stream.admitted_s, self.spec.name)
+        self._worker.launch(stream.flight)
+
+    def _leave_room(self, stream: Stream) -> None:
+        """A place in the batch or in the room is free, and what it was used for is known."""
+        place, flight = stream.place, stream.flight
+        if place is None or flight is None:
+            return
+        if place.inside:
+            self._room.drop(place)
+        elif stream in self._running:
+            used = len(flight.prompt_token_ids) + len(flight.generated)
+            self._room.settle(place, used)
+            self._turnover.note_end(time.monotonic(), place.tokens, self.max_concurrent)
 
     def end(self, stream: Stream, err: InferenceError | None) -> None:
         """Take a stream out: its place is free, its sequence gone before the next step. Idempotent. Delivers nothing."""
@@ -343,6 +437,7 @@ class EngineCore:
             return
         stream.ended = True
         stream.stop_clocks()
+        self._leave_room(stream)
         self._running.discard(stream)
         if stream.flight is not None and self._worker.abort(stream.flight) and isinstance(err, RequestCancelled):
             self._aborting[stream.number] = time.monotonic()
@@ -375,6 +470,7 @@ class EngineCore:
     def on_ready(self, info: RunnerInfo) -> None:
         """A context works."""
         self.info = info
+        self._size_room()
         if self.state is CoreState.DRAINING:
             self._on_change(self)
         else:
@@ -384,6 +480,7 @@ class EngineCore:
     def on_down(self, err: Exception) -> None:
         """The context died; another one is coming."""
         self._aborting.clear()
+        self._turnover.forget()
         cause = err.reason.lower() if isinstance(err, InferenceError) else type(err).__name__.lower().lstrip("_")
         self._metrics.restarts.inc(self.spec.name, cause)
         if self.state is CoreState.DRAINING:
@@ -407,3 +504,8 @@ def _prompt_chars(submission: Submission) -> int:
     if isinstance(prompt, ChatPrompt):
         return sum(len(p.text) for m in prompt.messages for p in m.content if isinstance(p, TextPart))
     return len(prompt.text) if isinstance(prompt, TextPrompt) else 0
+
+
+def _bounded(seconds: float) -> float:
+    """A wait as a caller is told it."""
+    return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)

@@ -7,6 +7,7 @@ hears when it ends.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from inference_runtime.errors import InferenceError, Internal, RequestCancelled,
 from inference_runtime.generation import TokenChunk
 from inference_runtime.runner import StepOutput
 from inference_runtime.stepping import ChoiceAssembler
+from services.engine.queue import Waiting
 from services.engine.submission import Submission
 from services.engine.worker import Flight
 
@@ -62,9 +64,11 @@ class Stream:
         "admitted_s",
         "choice",
         "ended",
+        "first_chunk_by_s",
         "flight",
         "number",
         "outlet",
+        "place",
         "submission",
     )
 
@@ -74,6 +78,10 @@ class Stream:
         self.admitted_ns = time.time_ns()
         self.choice: ChoiceAssembler | None = None
         self.flight: Flight | None = None
+        #: Its place in the waiting room, also after it was served from there.
+        self.place: Waiting[Stream] | None = None
+        #: Monotonic time by which the first chunk is due.
+        self.first_chunk_by_s = math.inf
         #: Nothing will be produced any more. Held chunks may still wait for credit.
         self.ended = False
         self._credit = submission.credits
@@ -180,6 +188,7 @@ class Stream:
     def start_clocks(self, first_chunk_s: float, total_s: float) -> None:
         """Fail the stream when a phase takes longer than it may."""
         loop = asyncio.get_running_loop()
+        self.first_chunk_by_s = self.admitted_s + min(first_chunk_s, total_s)
         self._total_timer = loop.call_later(total_s, self._late, "total", total_s)
         if first_chunk_s < total_s:
             self._first_chunk_timer = loop.call_later(first_chunk_s, self._late, "first_chunk", first_chunk_s)
@@ -190,6 +199,11 @@ class Stream:
             if timer is not None:
                 timer.cancel()
         self._first_chunk_timer = self._total_timer = None
+
+    def expire(self) -> None:
+        """Its turn came, and the time in which it could begin is over."""
+        by_s = self.first_chunk_by_s - self.admitted_s
+        self._late("first_chunk" if self._first_chunk_timer is not None else "total", by_s)
 
     def _late(self, phase: str, limit_s: float) -> None:
         what = "the first chunk" if phase == "first_chunk" else "the whole answer"

@@ -14,6 +14,7 @@ from inference_runtime.errors import (
     Draining,
     InferenceError,
     NoReplica,
+    RevisionMismatch,
     Timeout,
     Unsupported,
 )
@@ -269,7 +270,7 @@ async def test_credits_bound_what_is_sent_and_grants_let_the_rest_go() -> None:
         ({"sampling": SamplingParams(n=2)}, Unsupported, {"feature": "n"}),
         ({"sampling": SamplingParams(temperature=9.0)}, BadRequest, {"param": "temperature"}),
         ({"replica_id": "other-0"}, NoReplica, {}),
-        ({"revision": "0000"}, Draining, {}),
+        ({"revision": "0000"}, RevisionMismatch, {}),
         ({"time_left_s": -1.0}, Timeout, {"phase": "admission"}),
     ],
 )
