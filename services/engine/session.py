@@ -24,6 +24,9 @@ __all__ = ["PROTOCOL_VERSION", "Session", "SessionHost", "chunk_detail", "error_
 
 log = get_logger(__name__)
 
+#: Least time between two frames of a session, seconds. The first after a pause leaves at once; steps that follow each other
+#: faster than this share a frame. A message costs each side more than all its rows.
+MESSAGE_SPACING_S = 0.001
 #: Version of the session contract that this engine speaks.
 PROTOCOL_VERSION = 1
 #: Rows of one message at most. Keeps a message that follows a pause far below the size limit.
@@ -268,8 +271,13 @@ class Session:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     async def _write(self, write: Callable[[engine_service_pb2.SessionResponse], Awaitable[None]]) -> None:
+        loop = asyncio.get_running_loop()
+        next_at = 0.0
         while True:
             await self._wake.wait()
+            if (pause_s := next_at - loop.time()) > 0:
+                await asyncio.sleep(pause_s)
+            next_at = loop.time() + MESSAGE_SPACING_S
             self._wake.clear()
             while self._first:
                 await write(self._first.popleft())
