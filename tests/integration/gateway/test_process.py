@@ -41,6 +41,7 @@ class Process:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("INFERENCE_")}
         given = {"HTTP__PORT": "0", "READY_FILE": str(self.ready), **settings}
         environment |= {f"INFERENCE_GATEWAY__{key}": value for key, value in given.items()}
+        environment["TMPDIR"] = str(folder)  # a parent that is killed leaves its folder
         self.popen = subprocess.Popen(
             [sys.executable, "-P", "-m", "services.gateway", *args], env=environment, stderr=subprocess.PIPE, text=True
         )
