@@ -17,11 +17,8 @@ class KeyRing:
 
     def __init__(self, keys: Sequence[SecretStr]) -> None:
         self._digests = [_digest(key.reveal().encode()) for key in keys]
-
-    @property
-    def open(self) -> bool:
-        """Everyone may ask."""
-        return not self._digests
+        #: Everyone may ask.
+        self.open = not self._digests
 
     def check(self, authorization: bytes, api_key: bytes = b"") -> str:
         """Whose request it is: "" for an open ring, else an id of the key that does not tell the key.

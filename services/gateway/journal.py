@@ -33,7 +33,9 @@ class Journal:
         self.epoch = 0
         #: Tokens of choice 0: nearly every request has no other.
         self.first: list[int] = []
-        self.choices: list[list[int]] = [self.first, *([] for _ in range(1, choices))]
+        self.choices: list[list[int]] = [self.first]
+        if choices > 1:
+            self.choices += [[] for _ in range(1, choices)]
         self.ended = 0
 
     def accept_one(self, epoch: int, index: int, token: int) -> Verdict:

@@ -117,7 +117,7 @@ class UnarySink(_HttpSink):
     __slots__ = ("_logprobs", "_texts")
 
     def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
-        super().__init__(connection, asked, shape)
+        self._connection, self._asked, self._shape = connection, asked, shape
         self._texts: list[str] = []
         self._logprobs: list[dict[str, object]] = []
 
