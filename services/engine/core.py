@@ -33,7 +33,7 @@ from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from services.engine.context import ContextFactory
 from services.engine.queue import WaitingRoom, cost_tokens
-from services.engine.stream import Outlet, Stream
+from services.engine.stream import STALL_S, Outlet, Stream
 from services.engine.submission import Submission
 from services.engine.turnover import Turnover
 from services.engine.worker import Flight, Worker
@@ -93,6 +93,7 @@ class EngineCore:
         accelerators: Devices it may use.
         tokenisers: Threads that tokenise long prompts.
         metrics: Where it counts.
+        stall_s: Time after which a stream that its reader grants no credit is cut off, seconds.
         on_change: Called when state, reason, info or restarts changed.
     """
 
@@ -108,12 +109,15 @@ class EngineCore:
         accelerators: tuple[int, ...] = (),
         tokenisers: Executor,
         metrics: CoreMetrics,
+        stall_s: float = STALL_S,
         on_change: Callable[[EngineCore], None],
     ) -> None:
         self.replica_id, self.spec, self.revision, self.runtime = replica_id, spec, revision, runtime
         self.state = CoreState.LOADING
         #: One sentence where the state needs one.
         self.reason = ""
+        #: Time after which a stream that its reader grants no credit is cut off, seconds.
+        self.stall_s = stall_s
         #: What was loaded; None before that.
         self.info: RunnerInfo | None = None
         self._config = RunnerConfig(
@@ -260,7 +264,7 @@ class EngineCore:
         prepared = self._prepare(submission, info) if _prompt_chars(submission) <= INLINE_PROMPT_CHARS else None
         if prepared is not None:
             self._check_room(submission, *prepared, left_s=min(total_s, self.spec.timeouts.first_chunk_s))
-        stream = Stream(self, next(self._numbers), submission, outlet)
+        stream = Stream(self, next(self._numbers), submission, outlet, self.stall_s)
         self._streams[stream.number] = stream
         self._idle.clear()
         stream.start_clocks(self.spec.timeouts.first_chunk_s, total_s)

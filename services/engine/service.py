@@ -25,9 +25,13 @@ __all__ = ["EngineService"]
 
 log = get_logger(__name__)
 
+#: Tokens that the reader of an Execute call may be behind what was written for it. Beyond them the stream keeps what comes, and
+#: is cut off when that is too much or takes too long.
+EXECUTE_CREDITS = 256
+
 
 class _Pipe:
-    """An Outlet that one reader drains. Bounded by the answer's own length."""
+    """An Outlet that one reader drains. Bounded by the stream's credit: it holds EXECUTE_CREDITS tokens at most."""
 
     def __init__(self) -> None:
         self._items: deque[TokenChunk | InferenceError] = deque()
@@ -75,7 +79,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         """Run one generation."""
         submission = engine_service_pb2.Submission()
         submission.CopyFrom(request.submission)
-        submission.credits = 0  # there is no way to grant more within a call
+        submission.credits = EXECUTE_CREDITS  # granted again as gRPC takes the chunks
         left_s = remaining_s(context)
         if left_s is not None and not submission.HasField("time_left"):
             submission.time_left.FromNanoseconds(int(left_s * 1e9))
@@ -97,6 +101,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
                 if finished or chunk.logprobs:
                     response.detail.CopyFrom(chunk_detail(chunk, 0))
                 yield response
+                stream.grant(len(chunk.token_ids))
         finally:
             stream.cancel()
 

@@ -57,9 +57,10 @@ def chunk_detail(chunk: TokenChunk, row: int) -> engine_service_pb2.ChunkDetail:
     return detail
 
 
-def error_detail(err: InferenceError, row: int) -> engine_service_pb2.ChunkDetail:
-    """The end of a stream by an error."""
-    return engine_service_pb2.ChunkDetail(row=row, error=status_from_error(err))
+def error_detail(err: InferenceError, row: int, stream: Stream | None = None) -> engine_service_pb2.ChunkDetail:
+    """The end of a stream by an error, with the tokens that were counted until then."""
+    usage = usage_to_proto(stream.choice.usage()) if stream is not None and stream.choice is not None else None
+    return engine_service_pb2.ChunkDetail(row=row, error=status_from_error(err), usage=usage)
 
 
 class _Columns:
@@ -236,7 +237,13 @@ class Session:
         submission = stream.submission
         self._streams.pop(submission.stream_id, None)
         self._row(
-            submission.stream_id, submission.epoch, 0, stream.index, (), "", error_detail(err, len(self._columns.stream_ids))
+            submission.stream_id,
+            submission.epoch,
+            0,
+            stream.index,
+            (),
+            "",
+            error_detail(err, len(self._columns.stream_ids), stream),
         )
 
     def _row(

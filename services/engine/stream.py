@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from inference_runtime.errors import InferenceError, Internal, RequestCancelled, Timeout
+from inference_runtime.errors import InferenceError, Internal, RequestCancelled, SlowConsumer, Timeout
 from inference_runtime.generation import TokenChunk
 from inference_runtime.runner import StepOutput
 from inference_runtime.stepping import ChoiceAssembler
@@ -21,7 +21,13 @@ from services.engine.queue import Waiting
 from services.engine.submission import Submission
 from services.engine.worker import Flight
 
-__all__ = ["Outlet", "Stream", "StreamOwner"]
+__all__ = ["RING_TEXT_BYTES", "RING_TOKENS", "STALL_S", "Outlet", "Stream", "StreamOwner"]
+
+#: What a stream with credits keeps for its reader at most: tokens, and bytes of text. A step never waits for a reader.
+RING_TOKENS = 8192
+RING_TEXT_BYTES = 1 << 20
+#: Time that a stream with something to send waits for credit, seconds, before it is cut off.
+STALL_S = 30.0
 
 
 class Outlet(Protocol):
@@ -56,9 +62,13 @@ class Stream:
         "_core",
         "_credit",
         "_first_chunk_timer",
+        "_group",
         "_held",
+        "_held_text_bytes",
         "_held_tokens",
         "_plain",
+        "_stall_s",
+        "_stall_timer",
         "_total_timer",
         "admitted_ns",
         "admitted_s",
@@ -72,7 +82,7 @@ class Stream:
         "submission",
     )
 
-    def __init__(self, core: StreamOwner, number: int, submission: Submission, outlet: Outlet) -> None:
+    def __init__(self, core: StreamOwner, number: int, submission: Submission, outlet: Outlet, stall_s: float = STALL_S) -> None:
         self._core, self.number, self.submission, self.outlet = core, number, submission, outlet
         self.admitted_s = time.monotonic()
         self.admitted_ns = time.time_ns()
@@ -86,8 +96,12 @@ class Stream:
         self.ended = False
         self._credit = submission.credits
         self._plain = not submission.credits and submission.coalesce_tokens <= 1
+        # With credits, what is grouped lies in the ring too, so a group is no larger than that.
+        self._group = min(submission.coalesce_tokens, RING_TOKENS) if submission.credits else submission.coalesce_tokens
         self._held: list[TokenChunk] = []
-        self._held_tokens = 0
+        self._held_tokens = self._held_text_bytes = 0
+        self._stall_s = stall_s
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._first_chunk_timer: asyncio.TimerHandle | None = None
         self._total_timer: asyncio.TimerHandle | None = None
 
@@ -103,13 +117,14 @@ class Stream:
 
     def cancel(self) -> None:
         """The caller wants no more. Nothing more is delivered, and the sequence is gone before the next step. Idempotent."""
-        self._held.clear()
+        self._drop_held()
         self._core.end(self, RequestCancelled("cancelled by the caller"))
 
     def grant(self, tokens: int) -> None:
-        """Let this many more tokens go. No meaning for a stream that was submitted without credits."""
-        if self.submission.credits:
+        """Let this many more tokens go, and know that the reader lives. No meaning for a stream submitted without credits."""
+        if self.submission.credits and tokens > 0:
             self._credit += tokens
+            self._stop_stall_clock()
             self._release()
 
     # --- FlightOwner -------------------------------------------------------------------------------------------------
@@ -133,9 +148,10 @@ class Stream:
                         output, token_ids=(token,), logprobs=logprobs, finish_reason=output.finish_reason if i == last else None
                     )
                 )
-                self.deliver(chunk)
+                self._hold(chunk)
                 if chunk.finish_reason is not None:
-                    return
+                    break
+            self._pass_on(chunk)
         else:
             self.deliver(self.choice.take(output))
 
@@ -147,27 +163,56 @@ class Stream:
 
     def deliver(self, chunk: TokenChunk) -> None:
         """Send a chunk, or hold it until enough tokens or credit are there."""
-        if self._plain:
-            self.outlet.chunk(self, chunk)
-        else:
-            self._held.append(chunk)
-            self._held_tokens += len(chunk.token_ids)
+        if not self._plain:
+            self._hold(chunk)
+            self._pass_on(chunk)
+            return
+        self.outlet.chunk(self, chunk)
         if chunk.finish_reason is not None:
             self._core.end(self, None)
-        if not self._plain:
-            self._release()
+
+    def _hold(self, chunk: TokenChunk) -> None:
+        self._held.append(chunk)
+        self._held_tokens += len(chunk.token_ids)
+        self._held_text_bytes += _size_bytes(chunk.text)
+
+    def _pass_on(self, last: TokenChunk) -> None:
+        """Send what may go of what was held, up to this chunk."""
+        if last.finish_reason is not None:
+            self._core.end(self, None)
+        self._release()
+        if self.submission.credits and (self._held_tokens > RING_TOKENS or self._held_text_bytes > RING_TEXT_BYTES):
+            self._cut_off(f"left {self._held_tokens} tokens unread, more than are kept for it")
+
+    def _cut_off(self, why: str) -> None:
+        """End it because its reader does not keep up."""
+        tokens_in = self.choice.usage().input_tokens if self.choice is not None else 0
+        err = SlowConsumer(
+            f"the reader of this answer {why}; read faster, or grant more credit",
+            input_tokens=str(tokens_in),
+            output_tokens=str(self.index),
+        )
+        self._drop_held()
+        self._core.end(self, err)
+        self.outlet.error(self, err)
+
+    def _drop_held(self) -> None:
+        self._held.clear()
+        self._held_tokens = self._held_text_bytes = 0
+        self._stop_stall_clock()
 
     def fail(self, err: InferenceError) -> None:
         """End with an error, after the tokens that are ready and may go. No-op once ended."""
         if not self.ended:
             self._core.end(self, err)
             self._release()
-            self._held.clear()
+            self._drop_held()
             self.outlet.error(self, err)
 
     def _release(self) -> None:
         """Send what is held, as far as coalescing and credit allow, as one chunk."""
-        if not self._held or (self._held_tokens < self.submission.coalesce_tokens and not self.ended):
+        full = self._held_tokens >= self._group or self._held_text_bytes >= RING_TEXT_BYTES
+        if not self._held or not (full or self.ended):
             return
         count = len(self._held)
         if self.submission.credits:
@@ -181,7 +226,13 @@ class Stream:
         if count:
             ready, self._held = self._held[:count], self._held[count:]
             self._held_tokens -= sum(len(c.token_ids) for c in ready)
+            self._held_text_bytes -= sum(_size_bytes(c.text) for c in ready)
             self.outlet.chunk(self, _join(ready))
+        if not self._held:
+            self._stop_stall_clock()
+        elif self._stall_timer is None:
+            loop = asyncio.get_running_loop()
+            self._stall_timer = loop.call_later(self._stall_s, self._cut_off, f"granted no credit for {self._stall_s:g} s")
 
     # --- time --------------------------------------------------------------------------------------------------------
 
@@ -200,6 +251,11 @@ class Stream:
                 timer.cancel()
         self._first_chunk_timer = self._total_timer = None
 
+    def _stop_stall_clock(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
     def expire(self) -> None:
         """Its turn came, and the time in which it could begin is over."""
         by_s = self.first_chunk_by_s - self.admitted_s
@@ -209,6 +265,11 @@ class Stream:
         what = "the first chunk" if phase == "first_chunk" else "the whole answer"
         elapsed_s = time.monotonic() - self.admitted_s
         self.fail(Timeout(f"{what} took longer than {limit_s:g} s", phase=phase, elapsed_s=f"{elapsed_s:.3f}"))
+
+
+def _size_bytes(text: str) -> int:
+    """Size as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _join(chunks: Sequence[TokenChunk]) -> TokenChunk:
