@@ -36,10 +36,6 @@ __all__ = [
     "validation_sentence",
 ]
 
-# gRPC's C core writes its own lines to stderr, past every logger (a taken port prints two). Ours say it once, as a sentence.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-
 class SettingsError(BadRequest):
     """A setting is unknown or has a wrong value. The message names it and what to change."""
 

@@ -13,11 +13,12 @@ from google.protobuf import json_format, timestamp_pb2
 
 from inference_runtime.coordination import Compare, EtcdClient, EtcdOutcomeUnknown, KeyValue, Op, Term, keys
 from inference_runtime.deployment import infer_runtime, revision_of
-from inference_runtime.errors import BadRequest, DeploymentNotFound, ServerError
+from inference_runtime.errors import BadRequest, DeploymentNotFound, ServerError, Unsupported
+from inference_runtime.runner import RunnerConfig, load_runtime
 from inference_runtime.v1 import deployment_pb2
 from inference_runtime.wire import spec_from_proto, spec_to_proto
 
-__all__ = ["Catalog", "accept", "mark_deleting", "with_status"]
+__all__ = ["Catalog", "accept", "check_options", "mark_deleting", "with_status"]
 
 #: Attempts at a write that others race with. Each loss means that somebody else got on, so more than a few is not a race.
 MAX_RACES = 8
@@ -64,6 +65,24 @@ def accept(
         record.status.CopyFrom(before.status)
         return record, True
     return with_status(record, deployment_pb2.DEPLOYMENT_STATE_PENDING, "not yet placed", 0, now, observed=0), True
+
+
+def check_options(record: deployment_pb2.Deployment) -> None:
+    """Refuse a `runtime_config` that the runtime does not know, where the runtime is installed beside this process too.
+
+    What else may be wrong (a checkpoint that is not here) is for the engine that loads it to judge.
+
+    Raises:
+        BadRequest: with `param` = "runtime_config.<key>".
+    """
+    spec = spec_from_proto(record.spec)
+    try:
+        load_runtime(record.runtime).validate(RunnerConfig(spec.model, spec.runtime_config))
+    except BadRequest as err:
+        if (err.param or "").startswith("runtime_config"):
+            raise
+    except Unsupported:
+        return
 
 
 def mark_deleting(before: deployment_pb2.Deployment, now: datetime.datetime) -> deployment_pb2.Deployment:
@@ -151,6 +170,7 @@ class Catalog:
             record, changed = accept(asked, before, environment, registered, _now())
             if not changed:
                 return record, sent is not None and sent.generation == record.generation
+            check_options(record)
             if dry_run or await self._write(record, stored):
                 return record, True
             sent = record

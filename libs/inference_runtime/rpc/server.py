@@ -101,18 +101,12 @@ class RpcServer:
     """
 
     def __init__(self, host: str, port: int, telemetry: Telemetry) -> None:
-        self._host, self._port = host, port
-        self._server = grpc.aio.server(
-            interceptors=[_Boundary(telemetry)],
-            options=[
-                *PRESETS,
-                ("grpc.http2.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
-                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
+        self._host, self._port, self._telemetry = host, port, telemetry
+        self._server: grpc.aio.Server | None = None  # made by start: one that never ran complains when it is collected
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._services: list[tuple[Callable[[Any, Any], None], object]] = [
+            (health_pb2_grpc.add_HealthServicer_to_server, self._health)
+        ]
         self._names = [reflection.SERVICE_NAME, health.SERVICE_NAME]
         self.address = ""
 
@@ -124,7 +118,7 @@ class RpcServer:
             servicer: The implementation.
             name: Full name, for health and reflection, e.g. "inference_runtime.v1.EngineService".
         """
-        register(servicer, self._server)
+        self._services.append((register, servicer))
         self._names.append(name)
 
     async def start(self) -> str:
@@ -133,12 +127,25 @@ class RpcServer:
         Raises:
             ServerError: The port is taken.
         """
-        reflection.enable_server_reflection(self._names, self._server)
+        server = grpc.aio.server(
+            interceptors=[_Boundary(self._telemetry)],
+            options=[
+                *PRESETS,
+                ("grpc.http2.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        for register, servicer in self._services:
+            register(servicer, server)
+        reflection.enable_server_reflection(self._names, server)
         try:
-            port = self._server.add_insecure_port(f"{self._host}:{self._port}")
+            port = server.add_insecure_port(f"{self._host}:{self._port}")
         except RuntimeError as err:
+            await server.stop(None)
             raise ServerError(f"cannot listen on {self._host}:{self._port}: the port is taken; choose another rpc.port") from err
-        await self._server.start()
+        await server.start()
+        self._server = server
         await self.set_serving(False)
         self.address = f"{self._host}:{port}"
         return self.address
@@ -152,4 +159,5 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Stop taking calls, let running ones end within `grace_s` seconds, then cancel them."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        if self._server is not None:
+            await self._server.stop(grace_s)
