@@ -7,7 +7,9 @@ to. Outputs of a step travel in columns: one frame for each step, whatever the n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, repeat
 from struct import Struct
 
 import msgspec
@@ -235,14 +237,12 @@ def unpack_step(frame: Step) -> StepReport:
     if not frame.counts:
         if len(tokens) != rows:
             raise BadFrame("a step's columns differ in length")
-        outputs = [StepOutput(sequence_id, (token,)) for sequence_id, token in zip(frame.sequence_ids, tokens, strict=True)]
+        outputs = _rows(frame.sequence_ids, zip(tokens, strict=False))
     else:
         if len(frame.counts) != rows or sum(frame.counts) != len(tokens) or min(frame.counts) < 0:
             raise BadFrame("a step's columns differ in length")
-        outputs, at = [], 0
-        for sequence_id, count in zip(frame.sequence_ids, frame.counts, strict=True):
-            outputs.append(StepOutput(sequence_id, tuple(tokens[at : at + count])))
-            at += count
+        ends = accumulate(frame.counts)
+        outputs = _rows(frame.sequence_ids, (tuple(tokens[e - n : e]) for e, n in zip(ends, frame.counts, strict=True)))
     for d in frame.details:
         if not 0 <= d.row < rows:
             raise BadFrame("a step has a detail without a row")
@@ -254,6 +254,21 @@ def unpack_step(frame: Step) -> StepReport:
             error=None if d.error is None else _error(d.error),
         )
     return StepReport(outputs, frame.aborted, frame.kv_use, frame.duration_s)
+
+
+_SLOTS = [vars(StepOutput)[field.name].__set__ for field in dataclasses.fields(StepOutput)]
+
+
+def _rows(sequence_ids: list[int], token_ids: Iterable[tuple[int, ...]]) -> list[StepOutput]:
+    """StepOutputs with nothing but tokens, made a column at a time.
+
+    The same as calling the class for each row, in a third of the time: this is most of what a step costs the event loop.
+    """
+    rows = list(map(StepOutput.__new__, repeat(StepOutput, len(sequence_ids))))
+    columns = (sequence_ids, token_ids, repeat(None), repeat(()), repeat(0), repeat(None))
+    for put, column in zip(_SLOTS, columns, strict=True):
+        deque(map(put, rows, column), maxlen=0)
+    return rows
 
 
 def _wire_error(err: Exception) -> WireError:

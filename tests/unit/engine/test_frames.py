@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 
 import msgspec
 import pytest
@@ -150,3 +151,17 @@ def test_columns_that_disagree_are_refused(frame: Step) -> None:
     """Tokens never go to the wrong sequence."""
     with pytest.raises(BadFrame):
         unpack_step(frame)
+
+
+def test_reading_a_step_of_256_sequences_costs_the_event_loop_little() -> None:
+    """Promised are 0.3 ms; the best of many runs counts, since this machine has other work."""
+    report = StepReport([StepOutput(i, (i + 1000,)) for i in range(256)], [], 0.5, 0.001)
+    data = pack_step(1, 2, 3, StepPhase.STEPPING, report)
+    reader, took = FrameReader(FromChild), []
+    for _ in range(50):
+        begin = time.thread_time()
+        (frame,) = reader.feed(data)
+        assert isinstance(frame, Step)
+        unpack_step(frame)
+        took.append(time.thread_time() - begin)
+    assert min(took) <= 0.3e-3
