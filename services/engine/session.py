@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 #: Least time between two frames of a session, seconds. The first after a pause leaves at once; steps that follow each other
 #: faster than this share a frame. A message costs each side more than all its rows.
-MESSAGE_SPACING_S = 0.001
+MESSAGE_SPACING_S = 0.002
 #: Version of the session contract that this engine speaks.
 PROTOCOL_VERSION = 1
 #: Rows of one message at most. Keeps a message that follows a pause far below the size limit.

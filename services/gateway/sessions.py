@@ -34,7 +34,7 @@ LONGEST_PAUSE_S = 1.0
 
 #: Least time between two messages to one engine, seconds. The first after a pause leaves at once; under load, what comes up
 #: within this time of the last message leaves together. A busy engine takes it at its next step, which is no sooner.
-MESSAGE_SPACING_S = 0.001
+MESSAGE_SPACING_S = 0.002
 
 Submission = engine_service_pb2.Submission
 ChunkDetail = engine_service_pb2.ChunkDetail
