@@ -142,6 +142,19 @@ async def test_a_hung_child_is_replaced_and_its_streams_are_exact() -> None:
         assert engine.replica("hung-0").restarts == 1
 
 
+async def test_a_child_is_replaced_by_hand_and_what_runs_goes_on() -> None:
+    """M02: as in a thread; the old child is gone before the new one is there."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("by-hand", {"pace_s": 0.005}, isolation="process"))
+        await gateway.send(submission(1, "by-hand", sampling=SamplingParams(max_tokens=200)))
+        for generation in (2, 3):
+            (before,) = children()
+            assert await engine.replicas.rebuild("by-hand-0") == generation
+            assert not before.is_running()
+            assert len(children()) == 1
+        check_exact(await gateway.answer(1), "hello", 200)
+
+
 async def test_a_configuration_that_cannot_work_fails_with_its_reason_across_the_process() -> None:
     """D08: the sentence of the child's exception is the replica's reason."""
     async with running_engine() as engine:

@@ -24,7 +24,7 @@ from inference_runtime.stepping import StepPhase, StepReport
 from inference_runtime.supervision import ContextFault, Directive, Fault, FaultPhase, Loss, Probe, decide
 from services.engine import process_context
 from services.engine.child import EXIT_BAD_FRAME, EXIT_ORPHANED
-from services.engine.frames import MAX_FRAME_BYTES, Step, pack_frame
+from services.engine.frames import MAX_FRAME_BYTES, Admit, Beat, Close, FrameReader, FromChild, Loaded, Start, Step, pack_frame
 from services.engine.process_context import ProcessContext
 from services.engine.spawner import Spawner
 from tests.integration.engine.kit import until
@@ -310,6 +310,36 @@ def test_a_child_ends_when_its_engine_sends_nonsense() -> None:
     theirs.close()
     ours.sendall(b"\x00\x00\x00\x03abc")
     assert process.wait(10) == EXIT_BAD_FRAME
+    ours.close()
+
+
+def test_a_child_beats_five_times_a_second_and_drops_orders_of_another_generation() -> None:
+    """Phase and counters travel with the beat; an order of an earlier life is not carried out."""
+    ours, theirs = socket.socketpair()
+    process = child(theirs)
+    theirs.close()
+    request = StepRequest(1, [1], SamplingParams(max_tokens=3))
+    ours.sendall(pack_frame(Start(5, "scripted", RunnerConfig("m"), "m")) + pack_frame(Admit(4, request)))
+    reader, frames = FrameReader(FromChild), list[object]()
+
+    def read_until(enough: Callable[[], bool]) -> None:
+        ours.settimeout(10)
+        while not enough():
+            frames.extend(reader.feed(ours.recv(65_536)))
+
+    def beats() -> list[Beat]:
+        return [f for f in frames if isinstance(f, Beat) and f.phase is StepPhase.IDLE]
+
+    read_until(lambda: any(isinstance(f, Loaded) for f in frames) and len(beats()) >= 1)
+    begin = time.monotonic()
+    first = len(beats())
+    read_until(lambda: len(beats()) >= first + 5)
+    assert 0.7 < time.monotonic() - begin < 3.0
+    assert (beats()[-1].orders, beats()[-1].steps) == (0, 0)
+    ours.sendall(pack_frame(Admit(5, request)))
+    read_until(lambda: len([f for f in frames if isinstance(f, Step)]) == 3)
+    ours.sendall(pack_frame(Close(5)))
+    assert process.wait(10) == 0
     ours.close()
 
 

@@ -96,6 +96,80 @@ async def test_running_out_of_memory_fails_that_batch_and_no_more() -> None:
     await runner.close()
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch names it."""
+
+
+class Full(ScriptedRunner):
+    """Has no memory for any step."""
+
+    def step(self) -> Sequence[StepOutput]:
+        raise OutOfMemoryError("CUDA out of memory")
+
+
+async def test_the_third_step_without_memory_within_a_minute_ends_the_loop() -> None:
+    """Two may be chance; after the third the context is replaced."""
+    runner = stepped("full", Full)
+    await runner.load()
+    for _ in range(2):
+        with pytest.raises(Backpressure):
+            await collect(runner, request())
+    with pytest.raises(Internal, match="OutOfMemoryError"):
+        await collect(runner, request())
+    with pytest.raises(Internal, match="step loop died"):
+        await collect(runner, request())
+    await runner.close()
+
+
+class Bug(ScriptedRunner):
+    """Raises an error of Python for one prompt; what the probe says is a matter of the model's name."""
+
+    def step(self) -> Sequence[StepOutput]:
+        if any(s.left == 7 for s in self._sequences.values()):
+            raise ValueError("a shape does not fit")
+        return super().step()
+
+    def probe(self) -> bool:
+        if self._config.model == "raises":
+            raise RuntimeError("CUDA error")
+        return self._config.model == "well"
+
+
+@pytest.mark.parametrize("model", ["well", "broken", "raises"])
+async def test_after_an_error_in_a_step_the_probe_decides_whether_the_loop_goes_on(model: str) -> None:
+    """Sticky errors repeat on every call, so a small computation tells them apart."""
+    runner = stepped(model, Bug)
+    await runner.load()
+    with pytest.raises(Internal, match="a shape does not fit"):
+        await collect(runner, request(max_tokens=7))
+    if model == "well":
+        assert len(await collect(runner, request(max_tokens=6))) == 6
+    else:
+        with pytest.raises(Internal, match="step loop died"):
+            await collect(runner, request(max_tokens=6))
+    await runner.close()
+
+
+class Picky(ScriptedRunner):
+    """Cannot take some prompts, and says so by an error that nobody declared."""
+
+    def admit(self, request: StepRequest) -> None:
+        if request.prompt_token_ids[0] == ord("b"):
+            raise ValueError("a bug")
+        super().admit(request)
+
+
+async def test_an_error_at_admission_fails_that_sequence_when_the_probe_is_well() -> None:
+    """The others of the batch are not touched."""
+    runner = stepped("picky", Picky, pace_s=0.002)
+    await runner.load()
+    good, bad = await asyncio.gather(collect(runner, request("a")), collect(runner, request("b")), return_exceptions=True)
+    assert isinstance(bad, Internal)
+    assert not isinstance(good, BaseException)
+    assert len(good) == 10
+    await runner.close()
+
+
 async def test_a_refused_sequence_fails_alone() -> None:
     """The other one runs on."""
     runner = stepped(fail_admit=2, pace_s=0.005)
