@@ -74,6 +74,7 @@ class ScriptedOptions:
         poison_at_token: Raise ContextPoisoned instead of this token of all tokens. 0: never.
         sticky_at_token: From this token on, of all tokens, every call fails with code 710 until the process ends, in every later
             life of this (model, options) too: what a device-side assert does to a process. 0: never.
+        poison_on: Raise ContextPoisoned in each step that would give tokens to a prompt with this text, in every life. "": never.
         poison_times: Lives that are poisoned, for each (model, options) in a process. 0: every life.
         fail_admit: Refuse every sequence whose number is a multiple of this with ServerError. 0: none, 1: all.
         hang_at_step: Stop making progress in this step. 0: never.
@@ -91,6 +92,7 @@ class ScriptedOptions:
     poison_at_step: int = 0
     poison_at_token: int = 0
     sticky_at_token: int = 0
+    poison_on: str = ""
     poison_times: int = 1
     fail_admit: int = 0
     hang_at_step: int = 0
@@ -103,7 +105,7 @@ class ScriptedOptions:
 def parse_options(options: Mapping[str, object]) -> ScriptedOptions:
     """Checked options. Raises BadRequest with `param` for an unknown key or a wrong value."""
     known = {f.name: f for f in fields(ScriptedOptions)}
-    values: dict[str, int | float | bool] = {}
+    values: dict[str, int | float | bool | str] = {}
     for key, value in options.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -111,12 +113,18 @@ def parse_options(options: Mapping[str, object]) -> ScriptedOptions:
             raise BadRequest(f"runtime 'scripted' has no option {key!r}; {hint}", param=f"runtime_config.{key}")
         default = known[key].default
         assert default is not MISSING
-        values[key] = _number(key, value, type(default))
+        values[key] = _text(key, value) if isinstance(default, str) else _number(key, value, type(default))
     parsed = ScriptedOptions(**values)  # type: ignore[arg-type]
     if parsed.tokens_per_step < 1 or parsed.max_context_tokens < 2:
         key = "tokens_per_step" if parsed.tokens_per_step < 1 else "max_context_tokens"
         raise BadRequest(f"runtime 'scripted': {key} is too small", param=f"runtime_config.{key}")
     return parsed
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise BadRequest(f"runtime 'scripted': {key} is a text", param=f"runtime_config.{key}")
+    return value
 
 
 def _number(key: str, value: object, kind: type) -> int | float | bool:
@@ -214,7 +222,7 @@ _lives = _Lives()
 class _Sequence:
     """One sequence: where it stands and where it ends."""
 
-    __slots__ = ("finish", "left", "ready_at", "stop_ids", "tokens")
+    __slots__ = ("finish", "left", "poisonous", "ready_at", "stop_ids", "tokens")
 
     def __init__(self, request: StepRequest, options: ScriptedOptions, context_tokens: int, now: float) -> None:
         sampling, done = request.sampling, len(request.generated_prefix)
@@ -228,6 +236,8 @@ class _Sequence:
         self.tokens = scripted_tokens(request.prompt_token_ids, sampling.seed or 0, request.choice, done)
         self.ready_at = now + options.first_token_delay_s
         self.stop_ids = frozenset(sampling.stop_token_ids)
+        poison = options.poison_on.encode()
+        self.poisonous = bool(poison) and poison in bytes(t for t in request.prompt_token_ids if t < FIRST_WORD)
 
 
 class ScriptedRunner:
@@ -344,6 +354,8 @@ class ScriptedRunner:
         token_due = self._tokens < o.poison_at_token <= self._tokens + upcoming
         if (token_due or self._steps == o.poison_at_step) and _lives.poison(self._config, o.poison_times):
             raise ContextPoisoned("the scripted context is poisoned (poison_at_step, poison_at_token)")
+        if o.poison_on and any(s.poisonous and s.ready_at <= now for s in self._sequences.values()):
+            raise ContextPoisoned("the scripted context is poisoned by a prompt (poison_on)")
         if self._steps == o.oom_at_step:
             raise OutOfMemoryError("the scripted device is out of memory (oom_at_step)")
         if self._steps == o.hang_at_step:

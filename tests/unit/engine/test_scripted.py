@@ -124,6 +124,7 @@ def test_a_stop_token_ends_the_sequence() -> None:
         ({"pace_s": -1}, "runtime_config.pace_s", "0 or more"),
         ({"tokens": 1.5}, "runtime_config.tokens", "whole"),
         ({"load_fails": 1}, "runtime_config.load_fails", "true or false"),
+        ({"poison_on": 1}, "runtime_config.poison_on", "a text"),
         ({"tokens_per_step": 0}, "runtime_config.tokens_per_step", "too small"),
     ],
 )
@@ -154,6 +155,19 @@ def test_poison_at_a_step_hits_every_life_without_a_limit() -> None:
         subject.step()
         with pytest.raises(ContextPoisoned):
             subject.step()
+
+
+def test_poison_on_a_text_hits_every_life_that_has_such_a_prompt() -> None:
+    """The others are well by themselves."""
+    for _ in range(3):
+        subject = runner("poison-prompt", poison_on="déjà")
+        subject.admit(request(1))
+        assert len(subject.step()) == 1
+        subject.admit(request(2, "again: déjà vu"))
+        with pytest.raises(ContextPoisoned):
+            subject.step()
+        subject.abort(2)
+        assert len(subject.step()) == 1
 
 
 def test_faults_at_admission_and_load() -> None:
