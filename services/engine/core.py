@@ -21,6 +21,7 @@ from inference_runtime.errors import (
     InferenceError,
     Internal,
     NoReplica,
+    Quarantined,
     RequestCancelled,
     RevisionMismatch,
     Timeout,
@@ -32,6 +33,7 @@ from inference_runtime.stepping import ChoiceAssembler, StepReport, check_suppor
 from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from services.engine.context import ContextFactory
+from services.engine.quarantine import Quarantine, fingerprint
 from services.engine.queue import WaitingRoom, cost_tokens
 from services.engine.stream import STALL_S, Outlet, Stream
 from services.engine.submission import Submission
@@ -135,6 +137,7 @@ class EngineCore:
         self._running: set[Stream] = set()  # of those, the ones with the worker
         self._room: WaitingRoom[Stream] = WaitingRoom(0, 0)  # of the admitted, those that are ready to run
         self._turnover = Turnover()
+        self._quarantine = Quarantine()
         self._aborting: dict[int, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -254,6 +257,7 @@ class EngineCore:
             RevisionMismatch: It has another revision than the prefix was made with.
             Unsupported: The runtime lacks what was asked for.
             BadRequest, ContextLengthExceeded: The prompt is wrong, or too long.
+            Quarantined: It was found to kill contexts, a short while ago.
             Backpressure: As many run and wait as may, or the wait would be longer than the time that is left.
             Timeout: No time is left.
         """
@@ -317,7 +321,14 @@ class EngineCore:
             self._room.max_tokens = WAITING_BATCHES * self.info.max_batch * self.info.max_context_tokens
 
     def _check_room(self, submission: Submission, tokens: Sequence[int], sampling: SamplingParams, left_s: float) -> None:
-        """Refuse what would have to wait and may not, or would wait for longer than it has time."""
+        """Refuse what is in quarantine, what would have to wait and may not, and what would wait for longer than it has time."""
+        if self._quarantine:
+            left_s_there = self._quarantine.left_s(fingerprint(self.revision, tokens, sampling), time.monotonic())
+            if left_s_there:
+                raise Quarantined(
+                    "this request was on the device context at two of its deaths and is refused for now; change the prompt",
+                    retry_after_s=left_s_there,
+                )
         if self._has_place and not self._room:
             return
         request, cost = submission.request, cost_tokens(len(tokens), sampling, len(submission.prefix))
@@ -379,8 +390,8 @@ class EngineCore:
         tokens, sampling = future.result()
         try:
             self._check_room(stream.submission, tokens, sampling, left_s=stream.first_chunk_by_s - time.monotonic())
-        except Backpressure as full:
-            stream.fail(full)
+        except InferenceError as refusal:
+            stream.fail(refusal)
         else:
             self._enqueue(stream, tokens, sampling)
 
@@ -392,7 +403,7 @@ class EngineCore:
             stream.deliver(stream.choice.end(FinishReason.STOP if stream.choice.stopped else FinishReason.LENGTH))
             return
         request = submission.request
-        stream.flight = Flight(stream.number, tokens, sampling, stream, list(submission.prefix), request.tenant)
+        stream.flight = Flight(0, tokens, sampling, stream, list(submission.prefix), request.tenant)
         stream.place = self._room.put(
             stream,
             tenant=request.tenant,
@@ -443,8 +454,12 @@ class EngineCore:
         stream.stop_clocks()
         self._leave_room(stream)
         self._running.discard(stream)
-        if stream.flight is not None and self._worker.abort(stream.flight) and isinstance(err, RequestCancelled):
-            self._aborting[stream.number] = time.monotonic()
+        flight = stream.flight
+        if flight is not None and self._worker.abort(flight) and isinstance(err, RequestCancelled):
+            self._aborting[flight.sequence_id] = time.monotonic()
+        if flight is not None and isinstance(err, Quarantined):
+            self._quarantine.add(fingerprint(self.revision, flight.prompt_token_ids, flight.sampling), time.monotonic())
+            log.warning("request quarantined", replica=self.replica_id, request_id=stream.submission.request.request_id)
         self._record(stream, err)
         self._pump()
         if not self._streams:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from inference_runtime.deployment import parse_deployment
-from inference_runtime.errors import BadRequest, ContextPoisoned, NoReplica
+from inference_runtime.errors import BadRequest, ContextPoisoned, NoReplica, Quarantined
 from inference_runtime.generation import SamplingParams
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.runner import Isolation
@@ -203,7 +203,7 @@ async def test_restarts_are_paused() -> None:
         await engine.host(assignment("paced", {"pace_s": 0.001, "poison_at_step": 2, "poison_times": 2}))
         begin = time.perf_counter()
         await gateway.send(submission(1, "paced", sampling=LONG))
-        assert isinstance((await gateway.answer(1)).error, ContextPoisoned)
+        assert isinstance((await gateway.answer(1)).error, Quarantined)
         await until(lambda: engine.replica("paced-0").restarts == 2 and engine.replica("paced-0").state == SERVING, "twice")
         assert time.perf_counter() - begin >= 0.3
 
