@@ -59,6 +59,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_route_table_age_seconds": ("s", "Time since the routing table was last confirmed"),
     "inference_sessions": ("", "Open sessions between gateways and engines"),
     "inference_frames_dropped_total": ("", "Chunks that were dropped, by cause (old epoch, duplicate, gap)"),
+    "inference_resumptions_total": ("", "Broken answers, by deployment and outcome (resumed: went on elsewhere; failed)"),
     "inference_usage_records_lost_total": ("", "Usage records dropped because the metrics service was away for too long"),
     "inference_running": ("", "Requests that run on a replica"),
     "inference_queued": ("", "Requests that wait at a replica"),
@@ -81,6 +82,7 @@ ATTR_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 ATTR_FINISH = "gen_ai.response.finish_reasons"
 ATTR_REQUEST_ID = "inference.request_id"
 ATTR_REPLICA = "inference.replica_id"
+ATTR_RESUMPTIONS = "inference.resumptions"
 
 #: Upper bounds of histogram buckets, seconds.
 SECONDS_BUCKETS: tuple[float, ...] = (

@@ -57,6 +57,7 @@ class LiveRequests:
         self.draining = False
         metrics = tele.metrics
         self.dropped = metrics.counter("inference_frames_dropped_total", "cause")
+        self.resumptions = metrics.counter("inference_resumptions_total", "deployment", "outcome")
         self._ended = metrics.counter("inference_requests_total", "deployment", "outcome")
         self._in_flight = metrics.gauge("inference_requests_in_flight", "deployment")
         self._tokens_in = metrics.counter("inference_tokens_in_total", "deployment")
@@ -157,6 +158,7 @@ class LiveRequests:
                 telemetry.ATTR_REPLICA: request.replica_id,
                 telemetry.ATTR_INPUT_TOKENS: request.input_tokens,
                 telemetry.ATTR_OUTPUT_TOKENS: request.output_tokens,
+                telemetry.ATTR_RESUMPTIONS: request.resumptions,
             },
             error="" if outcome in ("ok", "cancelled") else outcome,
         )

@@ -103,6 +103,10 @@ class Sink(Protocol):
         """Nothing has come for a while."""
         ...
 
+    def resumed(self, count: int) -> None:
+        """The answer goes on, for the count-th time, from another attempt."""
+        ...
+
 
 class _Nobody:
     """The sink of a request that is over."""
@@ -123,6 +127,9 @@ class _Nobody:
         """Nothing."""
 
     def keep_alive(self) -> None:
+        """Nothing."""
+
+    def resumed(self, count: int) -> None:
         """Nothing."""
 
 
@@ -152,6 +159,8 @@ class Request:
     first_at = 0.0
     finish_reason = 0
     replica_id = ""
+    #: Joints in the answer: attempts that went on behind tokens of another one.
+    resumptions = 0
     input_tokens = reasoning_tokens = cached_input_tokens = 0
     _output_tokens = 0
     _route: Route | None = None
@@ -238,7 +247,7 @@ class Request:
             # Nobody has seen anything yet: where nobody can go on, somebody can start over.
             target = choose(route, self._tried or ())
             if target is not None:
-                self.journal.forget()
+                self._forget()
                 self._revision = ""
         if target is not None:
             self._submit(target, route, now)
@@ -286,14 +295,15 @@ class Request:
         submission.time_left.seconds = whole_s
         submission.time_left.nanos = int((left_s - whole_s) * 1e9)
         if self._error is not None:
-            self._describe_prefix(target)
+            self._continue(target)
         if not self.first_at:
             self.first_chunk_by = now + route.first_chunk_timeout_s
         target.in_flight += 1
         self._target = target
         self._stream_id = cast("Session", target.link).submit(submission, self)
 
-    def _describe_prefix(self, target: Target) -> None:
+    def _continue(self, target: Target) -> None:
+        """Have it go on behind what is there, if anything is."""
         submission = self.submission
         del submission.generated_prefix[:]
         submission.revision = ""
@@ -301,6 +311,9 @@ class Request:
             submission.revision = target.revision
             for choice, tokens in enumerate(self.journal.choices):
                 submission.generated_prefix.add(choice=choice, token_ids=tokens)
+            self.resumptions += 1
+            self._live.resumptions.inc(self.model, "resumed")
+            self.sink.resumed(self.resumptions)
 
     # --- chunks ------------------------------------------------------------------------------------------------------------
 
@@ -382,6 +395,8 @@ class Request:
         self._leave(target, told=told)
         self._error = error
         if not self._may_go_on(error, target):
+            if self.shows_at_once and self.first_at:
+                self._live.resumptions.inc(self.model, "failed")
             self._finish(error)
             return
         self._revision = target.revision if self.journal.output_tokens else ""
@@ -410,8 +425,13 @@ class Request:
             return False
         self._retries += 1
         if self.journal.output_tokens and not target.capabilities.resume:
-            self.journal.forget()
+            self._forget()
         return True
+
+    def _forget(self) -> None:
+        """Start over: no token of this answer comes from an earlier attempt."""
+        self.journal.forget()
+        self.resumptions = 0
 
     def expire(self, now: float) -> None:
         """Called by the sweeper: end it when its time is up."""

@@ -30,6 +30,8 @@ ChunkDetail = engine_service_pb2.ChunkDetail
 
 #: Chunks that may wait for a caller before it is cut off.
 MAX_UNREAD_CHUNKS = 8192
+#: Trailing metadata of an answer that went on from another attempt: how often.
+RESUMED = "x-inference-resumed"
 #: Longest request id that a caller may bring.
 MAX_ID_CHARS = 128
 
@@ -81,6 +83,9 @@ class _CallSink:
 
     def keep_alive(self) -> None:
         """gRPC keeps its own connections alive."""
+
+    def resumed(self, count: int) -> None:
+        """Trailing metadata tells, at the end."""
 
     async def chunks(self) -> AsyncIterator[GenerateResponse]:
         """The chunks, to the end. Raises the error that ended them."""
@@ -134,6 +139,8 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
             live.begin()
             async for response in sink.chunks():
                 yield response
+            if live.resumptions:
+                context.set_trailing_metadata(((RESUMED, str(live.resumptions)),))
         finally:
             live.cancel()
 

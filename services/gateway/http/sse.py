@@ -34,6 +34,9 @@ FINISH = {
     generation_pb2.FINISH_REASON_BUDGET: b'"length"',
 }
 KEEP_ALIVE = b": waiting\n\n"
+#: Header of a whole answer and trailer of a stream: how often it went on from another attempt. Absent for never.
+RESUMED = b"x-inference-resumed: %d\r\n"
+TRAILER = b"trailer: x-inference-resumed\r\n"
 
 
 class Shape:
@@ -107,6 +110,10 @@ class _HttpSink:
     def _id_line(self) -> bytes:
         return b"x-request-id: %b\r\n" % self.request.request_id.encode()
 
+    def _resumed_line(self) -> bytes:
+        count = self.request.resumptions
+        return RESUMED % count if count else b""
+
     def _respond_error(self, error: InferenceError) -> None:
         self._connection.respond(error.http_status, error_body(error), extra=self._id_line() + error_headers(error))
 
@@ -144,7 +151,7 @@ class UnarySink(_HttpSink):
             self._head(shape.unary_object), shape.answer, _encode("".join(self._texts)), shape.answer_end, logprobs,
             FINISH.get(detail.finish_reason, b'"stop"'), _usage_json(self.request),
         )  # fmt: skip
-        self._connection.respond(200, body, extra=self._id_line())
+        self._connection.respond(200, body, extra=self._id_line() + self._resumed_line())
 
     def fail(self, error: InferenceError) -> None:
         """See `Sink`."""
@@ -158,6 +165,9 @@ class UnarySink(_HttpSink):
 
     def keep_alive(self) -> None:
         """A whole answer has no room for a sign of life."""
+
+    def resumed(self, count: int) -> None:
+        """Its header tells, at the end."""
 
 
 class StreamSink(_HttpSink):
@@ -196,7 +206,11 @@ class StreamSink(_HttpSink):
         if self._started:
             return b""
         self._started = True
-        return self._connection.stream_head(self._id_line())
+        return self._connection.stream_head(self._id_line() + TRAILER if self._chunked else self._id_line())
+
+    def _end(self) -> bytes:
+        """What ends the body, the trailer included."""
+        return b"0\r\n%b\r\n" % self._resumed_line() if self._chunked else b""
 
     def token(self, index: int, token: int, text: str) -> None:
         """See `Sink`. Text that is not certain yet makes no event."""
@@ -236,7 +250,7 @@ class StreamSink(_HttpSink):
             if self._asked.include_usage:
                 head = self._head(shape.event_object)
                 pieces.append(self._frame(b'data: %b],"usage":%b}\n\n' % (head, _usage_json(self.request))))
-            pieces.append(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n" if self._chunked else b"data: [DONE]\n\n")
+            pieces.append(self._frame(b"data: [DONE]\n\n") + self._end())
         if pieces:
             self._send(b"".join(pieces))
         if done:
@@ -248,7 +262,7 @@ class StreamSink(_HttpSink):
             self._respond_error(error)
             return
         last = self._frame(b"data: %b\n\n" % error_body(error))
-        self._send(last + b"0\r\n\r\n" if self._chunked else last)
+        self._send(last + self._end())
         self._connection.finish()
 
     def hold(self) -> None:
@@ -262,3 +276,7 @@ class StreamSink(_HttpSink):
     def keep_alive(self) -> None:
         """See `Sink`. From here on an error can only be an event."""
         self._send(self._start() + self._frame(KEEP_ALIVE))
+
+    def resumed(self, count: int) -> None:
+        """See `Sink`. The head has gone, so a comment tells, where it happened."""
+        self._send(self._start() + self._frame(b": resumed %d\n\n" % count))

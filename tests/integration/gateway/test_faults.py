@@ -99,6 +99,48 @@ async def test_a_stream_that_breaks_goes_on_behind_its_last_token(start: Start, 
         assert text_of(response) == "one two three four five"
         usage = json.loads(response.text.split("\n\n")[-3][6:])["usage"]
         assert usage["completion_tokens"] == 6
+        assert response.text.index("three") < response.text.index(": resumed 1\n\n") < response.text.index("four")
+        assert gateway.metric('inference_resumptions_total{deployment="demo",outcome="resumed"}') == 1
+
+
+async def test_a_whole_answer_that_went_on_elsewhere_says_so(start: Start) -> None:
+    async with peer("a") as a, start() as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        asking = asyncio.create_task(gateway.chat())
+        for attempt in range(2):
+            s = await a.submission(attempt + 1)
+            a.send(Row(s, attempt, [attempt], f"{attempt} "), error_row(s, ContextPoisoned("again"), attempt + 1))
+        t = await a.submission(3)
+        a.send(last_row(t, 2, [9], "end"))
+        response = await asking
+        assert response.headers["x-inference-resumed"] == "2"
+        assert response.json()["choices"][0]["message"]["content"] == "0 1 end"
+        undisturbed = asyncio.create_task(gateway.chat())
+        a.send(last_row(await a.submission(4), 0, [1], "ok"))
+        assert "x-inference-resumed" not in (await undisturbed).headers
+
+
+async def test_the_trailer_of_a_stream_tells_of_its_resumptions(start: Start) -> None:
+    async with peer("a") as a, start() as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        reader, writer = await gateway.connect()
+        body = b'{"model":"demo","stream":true,"messages":[{"role":"user","content":"hi"}]}'
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        async with asyncio.timeout(5):
+            for round_, trailer in ((0, b"x-inference-resumed: 1\r\n"), (1, b"")):
+                writer.write(head + body)
+                s = await a.submission(1 + 2 * round_)
+                if trailer:
+                    a.send(Row(s, 0, [1], "one"), error_row(s, ContextPoisoned("poisoned"), 1))
+                    s = await a.submission(2)
+                    a.send(last_row(s, 1, [2], "two"))
+                else:
+                    a.send(last_row(s, 0, [1], "whole"))
+                assert b"trailer: x-inference-resumed\r\n" in await reader.readuntil(b"\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n0\r\n")).endswith(b"data: [DONE]\n\n\r\n0\r\n")
+                assert await reader.readuntil(b"\r\n") == (trailer or b"\r\n")
+                if trailer:
+                    assert await reader.readuntil(b"\r\n") == b"\r\n"
 
 
 async def test_a_stream_goes_on_only_with_the_same_revision(start: Start) -> None:
@@ -146,6 +188,7 @@ async def test_a_stream_is_resumed_at_most_twice(start: Start) -> None:
         assert "0 " in response.text
         assert "2 " in response.text
         assert len(a.submissions) == 3
+        assert gateway.metric('inference_resumptions_total{deployment="demo",outcome="failed"}') == 1
 
 
 async def test_a_refusal_before_the_first_chunk_is_tried_elsewhere(start: Start) -> None:

@@ -99,6 +99,7 @@ async def test_a_stream_that_breaks_goes_on_here_too(start: Start) -> None:
         rest = await call.read()
         assert (rest.index, rest.text) == (1, "b")
         assert not isinstance(await call.read(), gateway_service_pb2.GenerateResponse)
+        assert ("x-inference-resumed", "1") in tuple(await call.trailing_metadata())
         await channel.close(None)
 
 
