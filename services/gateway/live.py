@@ -13,6 +13,7 @@ from inference_runtime import telemetry
 from inference_runtime.errors import Backpressure, Draining
 from inference_runtime.telemetry import Telemetry
 from inference_runtime.v1 import engine_service_pb2
+from services.gateway.budget import AttemptBudget, BudgetRule
 from services.gateway.request import Need, Request, Sink
 from services.gateway.routes import RouteTable
 from services.gateway.settings import LimitSettings
@@ -55,6 +56,10 @@ class LiveRequests:
         #: Those that have no replica at present.
         self.waiting: set[Request] = set()
         self.draining = False
+        self._rule = BudgetRule(
+            limits.budget_window_s, limits.retry_share, limits.retry_floor, limits.moves_per_request, limits.move_floor
+        )
+        self._budgets: dict[str, AttemptBudget] = {}
         metrics = tele.metrics
         self.dropped = metrics.counter("inference_frames_dropped_total", "cause")
         self.resumptions = metrics.counter("inference_resumptions_total", "deployment", "outcome")
@@ -108,6 +113,13 @@ class LiveRequests:
         )
         self.requests.add(request)
         return request
+
+    def budget(self, deployment: str) -> AttemptBudget:
+        """What requests of a deployment share. Only for one that is in the table: it is kept as long as that."""
+        budget = self._budgets.get(deployment)
+        if budget is None:
+            budget = self._budgets[deployment] = AttemptBudget(self._rule)
+        return budget
 
     def end(self, request: Request, outcome: str, now: float) -> None:
         """Count and settle a request. Called by it, once.
@@ -194,3 +206,5 @@ class LiveRequests:
         self._in_flight.clear()
         for name, count in in_flight.items():
             self._in_flight.set(count, name)
+        for name in [n for n, budget in self._budgets.items() if n not in self.table.routes and not budget.in_flight]:
+            del self._budgets[name]

@@ -8,6 +8,7 @@ same revision goes on behind the journal's last token. A request has no task of 
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from inference_runtime.errors import (
 )
 from inference_runtime.rpc import error_from_status
 from inference_runtime.v1 import engine_service_pb2, generation_pb2
+from services.gateway.budget import AttemptBudget
 from services.gateway.journal import NEW, Journal, Verdict
 from services.gateway.routes import Route, Target, choose
 
@@ -49,6 +51,9 @@ LEAST_TIME_S = 0.1
 JITTER_S = (0.002, 0.03)
 #: A replica that failed is tried again after this, doubled each time, where there is no other.
 SAME_AGAIN_S = 0.25
+#: Code of an error that is not tried again because its deployment has tried too much, and when the client may, seconds.
+EXHAUSTED = "retry_budget_exhausted"
+EXHAUSTED_RETRY_S = 1.0
 
 
 class Need(NamedTuple):
@@ -165,6 +170,7 @@ class Request:
     _output_tokens = 0
     _route: Route | None = None
     _target: Target | None = None
+    _budget: AttemptBudget | None = None
     _stream_id = 0
     _revision = ""
     _tried: set[str] | None = None
@@ -228,6 +234,8 @@ class Request:
                 self._finish(NoReplica("this gateway has no routing table yet; try again in a moment", retry_after_s=1))
             return
         self._route = route
+        self._budget = self._live.budget(name)
+        self._budget.accept(self.began)
         limit_s = min(route.total_timeout_s, self._limit_s)
         self.deadline = self.began + limit_s
         if limit_s < LEAST_TIME_S:
@@ -397,7 +405,7 @@ class Request:
         if not self._may_go_on(error, target):
             if self.shows_at_once and self.first_at:
                 self._live.resumptions.inc(self.model, "failed")
-            self._finish(error)
+            self._finish(self._error)
             return
         self._revision = target.revision if self.journal.output_tokens else ""
         self.journal.begin_epoch()
@@ -420,13 +428,27 @@ class Request:
             if self._resumptions >= self._live.limits.max_resumptions or not target.capabilities.resume:
                 return False
             self._resumptions += 1
-            return True
+            return self._within_budget(error)
         if self._retries >= self._live.limits.max_retries:
             return False
         self._retries += 1
+        if not self._within_budget(error):
+            return False
         if self.journal.output_tokens and not target.capabilities.resume:
             self._forget()
         return True
+
+    def _within_budget(self, error: InferenceError) -> bool:
+        """Whether the deployment may make one more attempt. Spends it, or says in the error that it was not made."""
+        assert self._budget is not None  # an attempt was made
+        lost = isinstance(error, ContextPoisoned)
+        now = time.monotonic()
+        if self._budget.take_move(now) if lost else self._budget.take_retry(now):
+            return True
+        self._error = refused = copy.copy(error)  # the same error may go to other requests
+        refused.metadata = {**error.metadata, "retry_budget_exhausted": "moves" if lost else "retries", "code": EXHAUSTED}
+        refused.retry_after_s = max(error.retry_after_s or 0.0, EXHAUSTED_RETRY_S)
+        return False
 
     def _forget(self) -> None:
         """Start over: no token of this answer comes from an earlier attempt."""
@@ -479,6 +501,8 @@ class Request:
         """
         self.ended = True
         now = time.monotonic()
+        if self._budget is not None:
+            self._budget.end()
         target, self._target = self._target, None
         if target is not None:
             target.in_flight -= 1

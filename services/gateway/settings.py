@@ -39,6 +39,13 @@ class LimitSettings(StrictModel):
     route_wait_s: float = Field(default=5.0, ge=0, description="seconds a request waits for a replica before 503")
     max_retries: int = Field(default=2, ge=0, le=10, description="further attempts before the first chunk")
     max_resumptions: int = Field(default=2, ge=0, le=10, description="further attempts after the first chunk")
+    retry_share: float = Field(default=0.1, ge=0, description="retries per accepted request, in a window, per deployment")
+    retry_floor: int = Field(default=3, ge=0, description="retries that a window allows besides")
+    moves_per_request: float = Field(
+        default=2.0, ge=0, description="moves away from lost replicas, in a window, per request in flight"
+    )
+    move_floor: int = Field(default=10, ge=0, description="moves that a window allows besides")
+    budget_window_s: float = Field(default=10.0, gt=0, description="seconds that retries and moves are counted over")
     unary_coalesce_tokens: int = Field(default=256, ge=1, description="tokens an engine holds back for an answer sent whole")
 
 

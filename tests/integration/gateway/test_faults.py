@@ -191,6 +191,45 @@ async def test_a_stream_is_resumed_at_most_twice(start: Start) -> None:
         assert gateway.metric('inference_resumptions_total{deployment="demo",outcome="failed"}') == 1
 
 
+async def test_a_storm_of_refusals_ends_at_the_budget(start: Start) -> None:
+    """Ten requests that a full replica refuses: the floor and a tenth of them are tried elsewhere, the others fail at once."""
+    async with peer("a") as a, peer("b") as b, start(limits={"retry_floor": 2}) as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        asking = [asyncio.create_task(gateway.chat()) for _ in range(10)]
+        await a.submission(10)
+        await gateway.route(deployment_route(a.replica("demo"), b.replica("demo")))
+        a.send(*(error_row(s, Backpressure("full")) for s in a.submissions))
+        await b.submission(3)
+        b.send(*(last_row(s, 0, [1], "ok") for s in b.submissions))
+        answers = await asyncio.gather(*asking)
+        refused = [r for r in answers if r.status_code == 429]
+        assert sorted(r.status_code for r in answers) == [200] * 3 + [429] * 7
+        assert {r.json()["error"]["code"] for r in refused} == {"retry_budget_exhausted"}
+        assert {r.headers["retry-after"] for r in refused} == {"1"}
+
+
+async def test_a_death_moves_everything_and_endless_deaths_do_not(start: Start) -> None:
+    """One death costs one move per stream; beyond the allowance the error says that no attempt was made."""
+    async with peer("a") as a, start(limits={"moves_per_request": 1.0, "move_floor": 0}) as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        asking = [asyncio.create_task(gateway.chat(stream=True)) for _ in range(8)]
+        await a.submission(8)
+        first = a.submissions[:8]
+        a.send(*(Row(s, 0, [1], "one ") for s in first))
+        a.send(*(error_row(s, ContextPoisoned("poisoned"), 1) for s in first))
+        await a.submission(16)
+        second = a.submissions[8:]
+        a.send(*(last_row(s, 1, [2], "two") for s in second[:4]))
+        a.send(*(error_row(s, ContextPoisoned("poisoned"), 1) for s in second[4:]))
+        bodies = [(await task).text for task in asking]
+        whole = [b for b in bodies if "[DONE]" in b]
+        torn = [b for b in bodies if "[DONE]" not in b]
+        assert (len(whole), len(torn)) == (4, 4)
+        assert all("two" in b for b in whole)
+        assert all('"retry_budget_exhausted"' in b for b in torn)
+        assert len(a.submissions) == 16
+
+
 async def test_a_refusal_before_the_first_chunk_is_tried_elsewhere(start: Start) -> None:
     async with peer("a") as a, peer("b") as b, start() as gateway:
         await gateway.route(deployment_route(a.replica("demo"), b.replica("demo")))
