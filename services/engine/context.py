@@ -11,11 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from inference_runtime.errors import InferenceError
 from inference_runtime.runner import Isolation, LoadProgress, RunnerConfig, RunnerInfo, Runtime, StepRequest
 from inference_runtime.stepping import StepLoop, StepReport
 from inference_runtime.supervision import ContextFault, Fault
+from inference_runtime.telemetry import get_logger
 
 __all__ = ["Context", "ContextFactory", "OnStep", "ThreadContext"]
+
+log = get_logger(__name__)
 
 OnStep = Callable[[StepReport], None]
 
@@ -122,9 +126,10 @@ class ThreadContext:
             self._deliver(report)
 
     def on_death(self, err: Exception, fault: Fault) -> None:
-        """The loop is over."""
+        """The loop is over. The exception goes no further: its frames hold the runner, and with it the device's memory."""
+        if not isinstance(err, InferenceError):
+            log.error("context died", exc_info=err, fault=fault.sentence)
         death = ContextFault(fault)
-        death.__cause__ = err
         if not self._loaded.done():
             self._loaded.set_exception(death)
         if not self._died.done():

@@ -60,13 +60,18 @@ class Spawner:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+def _path_flags() -> list[str]:
+    """The child looks for modules where this process does: not in the working folder, which may have a `services` of its own."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+
+
 def _spawn(accelerators: tuple[int, ...]) -> Spawned:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     read_end, write_end = os.pipe()
     process: subprocess.Popen[bytes] | None = None
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.engine.child", str(theirs.fileno()), str(os.getpid())],
+            [sys.executable, *_path_flags(), "-m", "services.engine.child", str(theirs.fileno()), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=write_end,
             stderr=write_end,

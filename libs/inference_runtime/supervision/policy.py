@@ -162,7 +162,7 @@ class Fault:
 
 
 class ContextFault(Exception):
-    """The end of a context. Its text is the fault's sentence; its cause is the exception, where this process raised it."""
+    """The end of a context. Its text is the fault's sentence."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.sentence)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -370,6 +371,18 @@ def test_a_child_dies_with_its_engine(freeze: bool) -> None:
     engine.stdout.close()
     gone, _ = psutil.wait_procs([process], timeout=10)
     assert gone or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_folder_called_services_where_the_engine_was_started_is_not_the_engines(tmp_path: Path) -> None:
+    """A console script does not look into the working folder, and its child does not either."""
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services" / "__init__.py").write_text("raise SystemExit('not ours')")
+    engine = subprocess.Popen([sys.executable, "-P", "-c", ENGINE], stdout=subprocess.PIPE, cwd=tmp_path)
+    assert engine.stdout is not None
+    assert int(engine.stdout.readline()) > 0
+    engine.kill()
+    engine.wait()
+    engine.stdout.close()
 
 
 def test_the_constants_of_a_hang_are_those_that_are_promised() -> None:
