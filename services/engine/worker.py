@@ -269,8 +269,9 @@ class Worker:
                 log.error("output not delivered", replica=self._name, sequence=output.sequence_id, exc_info=err)
                 self.abort(flight)  # the others of this step must not suffer
                 flight.owner.on_failure(Internal(f"output cannot be delivered: {err!r}"))
-            if flight is self._probation.current:
-                self._judge_suspect(flight)
+        suspect = self._probation.current
+        if suspect is not None and any(output.sequence_id == suspect.sequence_id for output in report.outputs):
+            self._judge_suspect(suspect)
         self.kv_use = report.kv_use
         self._listener.on_report(report)
 
