@@ -36,6 +36,7 @@ __all__ = [
     "validation_sentence",
 ]
 
+
 class SettingsError(BadRequest):
     """A setting is unknown or has a wrong value. The message names it and what to change."""
 
