@@ -11,7 +11,7 @@ PROTO  := .venv-proto
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 UP     ?=
 
-.PHONY: help setup up test check format e2e bench proto clean
+.PHONY: help setup up test check format e2e bench faults proto clean
 
 help:
 	@echo 'make up       set up .venv and serve: etcd, coordinator, deployment manager, metrics, engine, gateway (UP="--port 9000" for flags)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make check    lint, types, import rules, contracts'
 	@echo 'make e2e      end-to-end tests, the long ones too'
 	@echo 'make bench    CPU-microseconds of the gateway per chunk and per request'
+	@echo 'make faults   kill, freeze and cut off every part under load; count every token'
 	@echo 'make proto    generate the stubs anew'
 	@echo 'make setup    set up .venv for development; make clean removes what was set up'
 
@@ -69,6 +70,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.gateway
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m bench.faults
 
 proto: $(PROTO)/.done
 	PATH=$(CURDIR)/$(PROTO)/bin:$$PATH buf generate

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from inference_runtime.testing.cluster import Cluster
 
-__all__ = ["Fault", "FaultNotVerified", "Freeze", "Kill", "injected", "process_state"]
+__all__ = ["Fault", "FaultNotVerified", "Freeze", "Kill", "KillContext", "contexts_of", "injected", "process_state"]
 
 #: Seconds that a fault gets to show, and a cure to work.
 VERIFY_S = 30.0
@@ -154,3 +154,61 @@ class Freeze:
     def is_healed(self) -> bool:
         """It runs."""
         return process_state(self.pid) not in {"", "T", "Z"}
+
+
+def contexts_of(engine: int) -> list[int]:
+    """Process ids of an engine's contexts, where they are processes of their own. Zombies do not count.
+
+    Raises:
+        FaultNotVerified: This system has no /proc.
+    """
+    process_state(engine)
+    found = []
+    for tasks in Path(f"/proc/{engine}/task").glob("*/children"):
+        try:
+            found += [int(pid) for pid in tasks.read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread ended
+    return [pid for pid in found if process_state(pid) not in {"", "Z"} and _is_context(pid)]
+
+
+def _is_context(pid: int) -> bool:
+    try:
+        return b"services.engine.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class KillContext:
+    """SIGKILL for the one context process of an engine, which heals itself: another context takes its place.
+
+    Raises:
+        FaultNotVerified: The engine has none, or several.
+    """
+
+    def __init__(self, cluster: Cluster, engine: str) -> None:
+        self._engine, self._process = cluster.pids()[engine], engine
+        contexts = contexts_of(self._engine)
+        if len(contexts) != 1:
+            raise FaultNotVerified(f"{engine} (pid {self._engine}) has {len(contexts)} context processes, not one to kill")
+        self.pid = contexts[0]
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+        return f"killing the context of {self._process} (pid {self.pid})"
+
+    def inject(self) -> None:
+        """Kill it."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def is_injected(self) -> bool:
+        """It does not run, and its engine does."""
+        return process_state(self.pid) in {"", "Z"} and process_state(self._engine) not in {"", "Z"}
+
+    async def heal(self) -> None:
+        """Nothing to do: that is the engine's work."""
+
+    def is_healed(self) -> bool:
+        """Another context runs."""
+        return any(pid != self.pid for pid in contexts_of(self._engine))

@@ -1,0 +1,7 @@
+"""The fault matrix: every part of a running system is killed, frozen or cut off under load, and every token is counted.
+
+    python -m bench.faults --cells R-01,M-02 --seeds 3
+
+`load` puts streams on a cluster of real processes, `cells` says which faults there are, `fencing` reads what leaders wrote out of
+etcd's own history, `judge` holds it all against what is promised, `report` prints it.
+"""
