@@ -12,6 +12,7 @@ import contextlib
 import http.server
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import Tracer
 
     from inference_runtime.settings import TelemetrySettings
@@ -339,6 +341,9 @@ class Telemetry:
         self._threads: list[threading.Thread] = []
         self._server: http.server.ThreadingHTTPServer | None = None
         self._provider: TracerProvider | None = None
+        self._sampler: Sampler | None = None
+        #: Trace and span id of the span that `record_span` starts, in its thread.
+        self._preset = threading.local()
         if settings.otlp_endpoint:
             self._start_otlp(settings)
         if settings.prometheus_port >= 0:
@@ -350,10 +355,21 @@ class Telemetry:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
+        preset = self._preset
+
+        class Ids(RandomIdGenerator):
+            def generate_trace_id(self) -> int:
+                return getattr(preset, "trace_id", 0) or super().generate_trace_id()
+
+            def generate_span_id(self) -> int:
+                return getattr(preset, "span_id", 0) or super().generate_span_id()
+
+        self._sampler = ParentBased(TraceIdRatioBased(settings.trace_ratio))
         resource = Resource.create({"service.name": f"inference-{self.service}", "service.version": __version__})
-        self._provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(settings.trace_ratio)))
+        self._provider = TracerProvider(resource=resource, sampler=self._sampler, id_generator=Ids())
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=True)))
         self.tracer = self._provider.get_tracer("inference_runtime", __version__)
         exporter = OTLPMetricExporter(endpoint=settings.otlp_endpoint, insecure=True)
@@ -411,11 +427,26 @@ class Telemetry:
         finally:
             self._rpc_seconds.observe(time.perf_counter() - begin, method)
 
+    def begin_span(self, traceparent: str) -> str:
+        """W3C context of a span below `traceparent` ("" for none), to hand on now and to record when it is over."""
+        if self._sampler is None:
+            return traceparent
+        if traceparent:
+            trace_id, flags = traceparent[3:35], traceparent[53:55]
+        else:
+            from opentelemetry.sdk.trace.sampling import Decision
+
+            trace_id = os.urandom(16).hex()
+            dropped = self._sampler.should_sample(None, int(trace_id, 16), "").decision is Decision.DROP
+            flags = "00" if dropped else "01"
+        return f"00-{trace_id}-{os.urandom(8).hex()}-{flags}"
+
     def record_span(
         self,
         name: str,
         *,
         traceparent: str,
+        span: str = "",
         start_ns: int,
         end_ns: int,
         attributes: Mapping[str, str | int | float | Sequence[str]],
@@ -423,6 +454,8 @@ class Telemetry:
         server: bool = True,
     ) -> None:
         """Record a span that is over. `traceparent` is the W3C context of its parent, "" for none. No-op without an exporter.
+
+        `span` is what `begin_span` gave for it: those below it know it by that. "" for a span that nobody knows yet.
 
         Hot paths keep two timestamps and call this once, at the end.
         """
@@ -433,10 +466,15 @@ class Telemetry:
 
         parent = TraceContextTextMapPropagator().extract({"traceparent": traceparent} if traceparent else {})
         kind = SpanKind.SERVER if server else SpanKind.CLIENT
-        span = self.tracer.start_span(name, context=parent, kind=kind, attributes=dict(attributes), start_time=start_ns)
+        if span:
+            self._preset.trace_id, self._preset.span_id = int(span[3:35], 16), int(span[36:52], 16)
+        try:
+            over = self.tracer.start_span(name, context=parent, kind=kind, attributes=dict(attributes), start_time=start_ns)
+        finally:
+            self._preset.trace_id = self._preset.span_id = 0
         if error:
-            span.set_status(Status(StatusCode.ERROR, error))
-        span.end(end_ns)
+            over.set_status(Status(StatusCode.ERROR, error))
+        over.end(end_ns)
 
     def close(self) -> None:
         """Flush and stop every exporter. Blocks for at most a few seconds; call it last, off the event loop's hot time."""

@@ -95,11 +95,9 @@ class LiveRequests:
             raise Backpressure("this gateway has as many requests as it may; try again in a moment", retry_after_s=1)
         if traceparent and not TRACEPARENT.fullmatch(traceparent):
             traceparent = ""  # whatever it is, it is no trace of anybody
-        if not traceparent and self._telemetry.tracer is not None:
-            # Both hops hang their spans under one trace, though nobody outside began it.
-            traceparent = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
-        if traceparent:
-            submission.traceparent = traceparent
+        span = traceparent if self._telemetry.tracer is None else self._telemetry.begin_span(traceparent)
+        if span:
+            submission.traceparent = span  # the engine's spans hang below ours
         request = Request(
             self,
             submission,
@@ -161,6 +159,7 @@ class LiveRequests:
         self._telemetry.record_span(
             f"chat {request.model if request.known else 'unknown'}",
             traceparent=request.traceparent,
+            span=request.submission.traceparent,
             start_ns=request.accepted_ns,
             end_ns=request.accepted_ns + int(duration_s * 1e9),
             attributes={

@@ -226,6 +226,37 @@ def test_spans_reach_a_collector_with_their_parent(collector: Collector) -> None
     assert collector.services == {"inference-gateway"}
 
 
+@pytest.mark.parametrize("outside", ["", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"])
+def test_a_span_that_was_handed_on_keeps_its_id(collector: Collector, outside: str) -> None:
+    """V02: the next hop's span hangs below it, whether or not somebody outside began the trace."""
+    telemetry = Telemetry("gateway", TelemetrySettings(otlp_endpoint=collector.address))
+
+    span = telemetry.begin_span(outside)
+    for name, parent, own in (("engine", span, ""), ("gateway", outside, span), ("another", "", "")):
+        telemetry.record_span(name, traceparent=parent, span=own, start_ns=1, end_ns=2, attributes={})
+    telemetry.close()
+
+    by_name = {s.name: s for s in collector.spans}
+    gateway, engine = by_name["gateway"], by_name["engine"]
+    assert engine.parent_span_id == gateway.span_id
+    assert engine.trace_id == gateway.trace_id
+    assert gateway.parent_span_id.hex() == outside[36:52]
+    assert not outside or gateway.trace_id.hex() == outside[3:35]
+    assert by_name["another"].trace_id != gateway.trace_id
+    assert by_name["another"].span_id != gateway.span_id
+
+
+def test_what_is_not_sampled_is_handed_on_as_such(collector: Collector) -> None:
+    """V02: all hops of a trace record it, or none does."""
+    telemetry = Telemetry("gateway", TelemetrySettings(otlp_endpoint=collector.address, trace_ratio=0.0))
+    span = telemetry.begin_span("")
+    telemetry.record_span("gateway", traceparent="", span=span, start_ns=1, end_ns=2, attributes={})
+    telemetry.close()
+
+    assert span.endswith("-00")
+    assert not collector.spans
+
+
 def test_metrics_reach_a_collector_as_what_they_are(collector: Collector) -> None:
     """V03: OTLP gets the same numbers as Prometheus, as sums, gauges and histograms, at the latest when the process ends."""
     telemetry = Telemetry("gateway", TelemetrySettings(otlp_endpoint=collector.address, metric_interval_s=3600))

@@ -11,7 +11,6 @@ import httpx
 import pytest
 import uvloop
 
-from inference_runtime.settings import TelemetrySettings
 from inference_runtime.telemetry import Telemetry
 from inference_runtime.v1 import coordinator_service_pb2
 from services.gateway.http.server import listen
@@ -86,7 +85,7 @@ Start = Callable[..., AbstractAsyncContextManager[Gateway]]
 async def start_gateway(**overrides: Any) -> AsyncIterator[Gateway]:
     """A running gateway with these settings."""
     settings = GatewaySettings(**overrides)
-    telemetry = Telemetry("gateway", TelemetrySettings())
+    telemetry = Telemetry("gateway", settings.telemetry)
     worker: GatewayWorker[Any] = GatewayWorker(
         settings, telemetry, NobodyLeads(), NobodyLeads(), listen("127.0.0.1", 0, shared=False)
     )

@@ -270,6 +270,20 @@ async def test_a_silent_stream_gets_a_sign_of_life_and_then_its_tokens(start: St
         writer.close()
 
 
+async def test_a_stream_without_a_replica_gets_signs_of_life_too(start: Start) -> None:
+    """From admission on; what goes wrong later is an event then."""
+    async with start(http={"keepalive_s": 0.2}, limits={"route_wait_s": 1.0}) as gateway:
+        await gateway.route(deployment_route(name="demo"))
+        reader, writer = await gateway.connect()
+        writer.write(post(STREAM))
+        async with asyncio.timeout(5):
+            assert b"200 OK" in await reader.readuntil(b": waiting\n\n")
+            rest = await reader.readuntil(b"\r\n0\r\n\r\n")
+        assert b'"code":' in rest
+        assert b"[DONE]" not in rest
+        writer.close()
+
+
 async def test_other_urls_and_methods_are_refused_in_openais_shape(gateway: Gateway) -> None:
     """Trap 36: an unknown route was 400 in the original."""
     response = await gateway.client.get("/v1/nothing?x=1")
