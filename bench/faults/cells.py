@@ -416,6 +416,8 @@ async def run_cell(cell: Cell, seed: int) -> Run:
             finally:
                 stop.set()
         writes = leader_writes(await read_history(cluster.etcd, scene.history_from), scene.standing)
+    if cell.gateways_die:
+        scene.figures["asked_elsewhere"] = load.asked_elsewhere
     if cell.churn and (writes.assignments == 0 or (cell.singletons > 1 and writes.terms < 2)):
         scene.verified = False
         scene.problems.append(f"{writes.assignments} assignments in {writes.terms} terms: fencing was not put to the test")

@@ -35,6 +35,9 @@ AFTER_FAILURE_S = 0.1
 #: Largest line of a stream, bytes.
 LINE_BYTES = 1 << 20
 
+#: Errors over gRPC with which a gateway that starts, drains or is gone does not take a request: what is status 503 over HTTP.
+REFUSALS = frozenset({"NetworkError", "Draining", "NoReplica"})
+
 Outcome = Literal["open", "ended", "failed", "broken"]
 
 
@@ -93,6 +96,8 @@ class Load:
         self._all_started = asyncio.Event()
         self.history = History()
         self.answers: list[Answer] = []
+        #: Requests that one gateway refused and another one was asked for.
+        self.asked_elsewhere = 0
         #: Probes stay away from these gateways: they are dead on purpose.
         self.probed = list(range(len(self._addresses)))
 
@@ -160,6 +165,7 @@ class Load:
                     except _Refused as err:
                         if not self._elsewhere or attempt + 1 == count:
                             raise _Failed(f"refused: {err}") from err
+                        self.asked_elsewhere += 1
                         answer.gateway = (answer.gateway + 1) % count
             answer.outcome = "ended"
             answer.record.end()
@@ -191,7 +197,7 @@ class Load:
                     finished = finished or chunk.finish_reason is not None
         except InferenceError as err:
             said = f"{type(err).__name__}: {err.message}"
-            if type(err).__name__ not in {"NetworkError", "Draining"}:
+            if type(err).__name__ not in REFUSALS:
                 raise _Failed(said) from err
             raise (_Broken if answer.stamps else _Refused)(said) from err
         if not finished:
