@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from inference_runtime import telemetry
 from inference_runtime.errors import (
+    Backpressure,
     ContextPoisoned,
     DeploymentNotFound,
+    Draining,
     EngineLost,
     InferenceError,
+    Internal,
     NetworkError,
     NoReplica,
     Retry,
+    RevisionMismatch,
     Timeout,
     Unsupported,
 )
@@ -54,6 +58,10 @@ SAME_AGAIN_S = 0.25
 #: Code of an error that is not tried again because its deployment has tried too much, and when the client may, seconds.
 EXHAUSTED = "retry_budget_exhausted"
 EXHAUSTED_RETRY_S = 1.0
+
+
+#: Errors by which a replica that is well sends a request away.
+_NO_FAULT = (Backpressure, Draining, RevisionMismatch)
 
 
 class Need(NamedTuple):
@@ -376,6 +384,8 @@ class Request:
     def _first(self) -> None:
         self.first_at = time.monotonic()
         self.first_chunk_by = float("inf")
+        if self._target is not None:
+            self._target.outcomes.succeeded()
 
     def _refused(self, verdict: Verdict, index: int) -> None:
         self._live.dropped.inc(verdict.value)
@@ -401,6 +411,8 @@ class Request:
         if target is None or self.ended:
             return
         self._leave(target, told=told)
+        if (error.retry is Retry.ELSEWHERE and not isinstance(error, _NO_FAULT)) or isinstance(error, Internal):
+            target.outcomes.failed(time.monotonic())
         self._error = error
         if not self._may_go_on(error, target):
             if self.shows_at_once and self.first_at:
@@ -460,6 +472,8 @@ class Request:
         if now > self.deadline:
             self._stop(Timeout("the request took longer than its deployment allows", phase="total"))
         elif now > self.first_chunk_by:
+            if self._target is not None:
+                self._target.outcomes.failed(now)
             self._stop(Timeout("no token came in the time that its deployment allows", phase="first_chunk"))
 
     def cancel(self) -> None:
@@ -507,6 +521,8 @@ class Request:
         if target is not None:
             target.in_flight -= 1
             cast("Session", target.link).forget(self._stream_id)
+            if outcome == "ok":
+                target.outcomes.succeeded()
         self._live.end(self, outcome, now)
         sink, self.sink = self.sink, NOBODY
         return sink

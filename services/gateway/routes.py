@@ -21,6 +21,7 @@ from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2, coordinator_service_pb2_grpc
 from inference_runtime.wire import seconds
+from services.gateway.outcomes import Outcomes
 
 __all__ = ["Leader", "Leaders", "Link", "Route", "RouteTable", "RouteWatch", "Target", "choose"]
 
@@ -71,11 +72,12 @@ class Leaders(Protocol[L]):
 class Target:
     """One replica as this worker sees it. Lives as long as the replica is in the table or has requests of ours."""
 
-    __slots__ = ("capabilities", "in_flight", "link", "load", "replica_id", "revision", "serving")
+    __slots__ = ("capabilities", "in_flight", "link", "load", "outcomes", "replica_id", "revision", "serving")
 
     def __init__(self, replica: common_pb2.Replica, link: Link) -> None:
         self.replica_id = replica.id
         self.link = link
+        self.outcomes = Outcomes()
         #: Requests that ran and waited there at the last report.
         self.load = 0
         #: Requests of this worker that are there now.
@@ -191,6 +193,10 @@ class RouteTable:
     def ready(self) -> bool:
         """At least one replica can be reached."""
         return any(target.usable for target in self.targets.values())
+
+    def well(self, now: float) -> bool:
+        """At least one replica can be reached and does not fail all it is given."""
+        return any(target.usable and not target.outcomes.failing(now) for target in self.targets.values())
 
 
 def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> Target | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.parse
 from collections.abc import Callable
 
@@ -153,6 +154,8 @@ class HttpApp:
             reason = "no routing table has arrived yet; is a coordinator running?"
         elif not self._table.ready:
             reason = "no replica of any deployment can be reached"
+        elif not self._table.well(time.monotonic()):
+            reason = "every replica that can be reached fails what it is given"
         else:
             self._reply(connection, request, {"status": "ready", "deployments": sorted(self._table.routes)})
             return

@@ -8,8 +8,9 @@ import socket
 
 import pytest
 
+from inference_runtime.errors import Internal
 from tests.integration.gateway.conftest import Gateway, Start
-from tests.integration.gateway.peer import Peer, Row, deployment_route, last_row, peer, until
+from tests.integration.gateway.peer import Peer, Row, deployment_route, error_row, last_row, peer, until
 
 BODY = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}).encode()
 STREAM = BODY[:-1] + b', "stream": true}'
@@ -313,6 +314,23 @@ async def test_trap_36_readiness_follows_the_replicas(start: Start) -> None:
         await until(lambda: not gateway.worker.table.ready, "the lost session")
         assert "replica" in (await gateway.client.get("/readyz")).json()["reason"]
         assert (await gateway.client.get("/healthz")).status_code == 200
+
+
+async def test_readiness_does_not_trust_a_replica_that_only_fails(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that is reachable, reports that it serves, and fails every request. One answer makes it good again."""
+    monkeypatch.setattr("services.gateway.outcomes.FAILING_AFTER_S", 0.0)
+    async with peer("a") as a, start() as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        for count in range(1, 4):
+            assert (await gateway.client.get("/readyz")).status_code == 200
+            asking = asyncio.create_task(gateway.chat())
+            a.send(error_row(await a.submission(count), Internal("a shape does not fit")))
+            assert (await asking).status_code == 500
+        assert "fails" in (await gateway.client.get("/readyz")).json()["reason"]
+        asking = asyncio.create_task(gateway.chat())
+        a.send(last_row(await a.submission(4), 0, [1], "ok"))
+        assert (await asking).status_code == 200
+        assert (await gateway.client.get("/readyz")).status_code == 200
 
 
 async def test_a_gateway_with_keys_wants_one(start: Start) -> None:
