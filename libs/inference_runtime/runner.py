@@ -146,12 +146,23 @@ class Codec(Protocol):
         """Tokens that end a text. They have no text of their own in an answer."""
         ...
 
+    @property
+    def max_token_bytes(self) -> int:
+        """Bytes of text that one token of a prompt may stand for, at most; 0 when there is no such bound.
+
+        A prompt that cannot fit into the context is refused by its size, before the work of tokenising it.
+        """
+        ...
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation, ready for the model's next turn. Raises BadRequest or Unsupported."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, with the model's begin-of-text token where it has one."""
+        """Tokens of plain text, with the model's begin-of-text token where it has one.
+
+        Called in a thread for long prompts: release the interpreter's lock while working, or the whole engine waits.
+        """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

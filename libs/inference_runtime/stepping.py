@@ -31,6 +31,7 @@ from inference_runtime.generation import (
     GenerationRequest,
     Prompt,
     SamplingParams,
+    TextPart,
     TextPrompt,
     TokenChunk,
     Usage,
@@ -83,14 +84,23 @@ PROBE_LIMIT_S = 2.0
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(codec: Codec, prompt: Prompt) -> Sequence[int]:
+def encode_prompt(codec: Codec, prompt: Prompt, max_context_tokens: int) -> Sequence[int]:
     """Token ids of a prompt. May take milliseconds for a long one.
 
     Raises:
         BadRequest: It has no tokens, or ids that the vocabulary lacks.
+        ContextLengthExceeded: Its size alone shows that it cannot fit.
         Unsupported: It has content that the model cannot read.
     """
     tokens: Sequence[int]
+    longest = codec.max_token_bytes
+    if longest and (least := -(-_prompt_bytes(prompt) // longest)) > max_context_tokens:
+        raise ContextLengthExceeded(
+            f"the prompt has {least} tokens or more; the context of this model holds {max_context_tokens}; shorten the prompt",
+            tokens=str(least),
+            max_tokens=str(max_context_tokens),
+            param="messages",
+        )
     if isinstance(prompt, ChatPrompt):
         tokens = codec.encode_chat(prompt.messages)
     elif isinstance(prompt, TextPrompt):
@@ -102,6 +112,14 @@ def encode_prompt(codec: Codec, prompt: Prompt) -> Sequence[int]:
     if not tokens:
         raise BadRequest("the prompt is empty; give it at least one token", param="prompt")
     return tokens
+
+
+def _prompt_bytes(prompt: Prompt) -> int:
+    """Size of a prompt's text in UTF-8, at least: a character counts as one byte, since counting the rest costs as much as
+    refusing saves."""
+    if isinstance(prompt, ChatPrompt):
+        return sum(len(part.text) for message in prompt.messages for part in message.content if isinstance(part, TextPart))
+    return len(prompt.text) if isinstance(prompt, TextPrompt) else 0
 
 
 def check_supported(info: RunnerInfo, request: GenerationRequest, prefix: Sequence[int] = ()) -> None:
@@ -651,7 +669,7 @@ class SteppedRunner:
         check_supported(info, request, generated_prefix)
         if request.sampling.n > 1:
             raise Unsupported("a stepped runner makes one choice for each call", feature="n", runtime=info.runtime)
-        tokens = encode_prompt(self._codec, request.prompt)
+        tokens = encode_prompt(self._codec, request.prompt, self.info.max_context_tokens)
         sampling = fit_context(info, len(tokens), request.sampling)
         prefix = tuple(generated_prefix)
         choice = ChoiceAssembler(self._codec, stop=sampling.stop, prompt_tokens=len(tokens), prefix=prefix)

@@ -363,7 +363,7 @@ class EngineCore:
         """Tokenise and fit into the context. Thread-safe: called here, or in a tokeniser thread."""
         assert self._codec is not None
         try:
-            tokens = encode_prompt(self._codec, submission.request.prompt)
+            tokens = encode_prompt(self._codec, submission.request.prompt, info.max_context_tokens)
         except InferenceError:
             raise
         except Exception as err:

@@ -35,6 +35,9 @@ LONGEST_PAUSE_S = 1.0
 #: Least time between two messages to one engine, seconds. The first after a pause leaves at once; under load, what comes up
 #: within this time of the last message leaves together. A busy engine takes it at its next step, which is no sooner.
 MESSAGE_SPACING_S = 0.002
+#: Submissions of one message, bytes together. One body may have 8 MiB and a message 16: three that leave together would end the
+#: stream for everyone on it.
+BATCH_BYTES = 2 << 20
 
 Submission = engine_service_pb2.Submission
 ChunkDetail = engine_service_pb2.ChunkDetail
@@ -165,10 +168,13 @@ class Session:
                 await asyncio.sleep(pause_s)
             next_at = loop.time() + MESSAGE_SPACING_S
             self._wake.clear()
-            message = engine_service_pb2.SessionRequest(submissions=self._submissions, cancellations=self._cancellations)
-            self._submissions.clear()
-            self._cancellations.clear()
-            await call.write(message)
+            submissions, self._submissions = self._submissions, []
+            cancellations, self._cancellations = self._cancellations, []
+            for batch in _batches(submissions):
+                await call.write(engine_service_pb2.SessionRequest(submissions=batch))
+            message = engine_service_pb2.SessionRequest(submissions=submissions, cancellations=cancellations)
+            if submissions or cancellations:
+                await call.write(message)
 
     def _begin(self) -> None:
         self.up = self._connected = True
@@ -249,6 +255,22 @@ class Session:
         log.error("request failed by a fault of ours", exc_info=err, stream_id=stream_id)
         self._streams.pop(stream_id, None)
         receiver.on_lost(Internal(str(err)))
+
+
+def _batches(submissions: list[Submission]) -> list[list[Submission]]:
+    """Cut off whole messages from the front of `submissions` until the rest fits into one. Nearly always there is nothing to cut."""
+    if len(submissions) < 2 or sum(s.ByteSize() for s in submissions) <= BATCH_BYTES:
+        return []
+    batches: list[list[Submission]] = [[]]
+    size = 0
+    for submission in submissions:
+        size += submission.ByteSize()
+        if batches[-1] and size > BATCH_BYTES:
+            batches.append([])
+            size = submission.ByteSize()
+        batches[-1].append(submission)
+    submissions[:] = batches.pop()
+    return batches
 
 
 class SessionPool:

@@ -150,6 +150,11 @@ class ScriptedCodec:
         words = (f" word{n}".encode() for n in range(VOCAB_SIZE - FIRST_WORD))
         self._bytes = [*(bytes([b]) for b in range(FIRST_WORD)), *words]
 
+    @property
+    def max_token_bytes(self) -> int:
+        """A prompt has one token for each byte."""
+        return 1
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """One line per message: role, name if any, text; then the assistant's turn. Raises Unsupported for media."""
         lines = []

@@ -26,12 +26,23 @@ class TokenizerCodec:
     """A `Codec` on a tokenizer.json of the byte-level or the SentencePiece kind with byte fallback."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, table: Sequence[bytes], eos_token_ids: frozenset[int]
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        table: Sequence[bytes],
+        eos_token_ids: frozenset[int],
+        max_token_bytes: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._table = table
         self._eos_token_ids = eos_token_ids
+        self._max_token_bytes = max_token_bytes
+
+    @property
+    def max_token_bytes(self) -> int:
+        """Length of the longest token; 0 for a tokenizer that rewrites text before it cuts it."""
+        return self._max_token_bytes
 
     @property
     def vocab_size(self) -> int:
@@ -53,12 +64,15 @@ class TokenizerCodec:
         if self._template is None:
             raise BadRequest("this model has no chat template; use completions instead of chat", param="messages")
         text = self._template.render([_as_dict(message) for message in messages])
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, with the begin-of-text token where the tokenizer adds one."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # A batch of one: tokenizers holds the interpreter's lock all through `encode`, and lets it go for a batch.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -80,6 +94,7 @@ def make_codec(checkpoint: Checkpoint) -> TokenizerCodec:
         read_chat_template(checkpoint),
         _byte_table(tokenizer, description, vocab_size),
         checkpoint.generation_defaults().eos_token_ids,
+        0 if description.get("normalizer") else max(len(piece.encode()) for piece in tokenizer.get_vocab(with_added_tokens=True)),
     )
 
 
