@@ -48,15 +48,24 @@ def _split(value: object) -> object:
 
 
 def _secret(value: object) -> SecretStr:
+    """A secret by value or by reference. A reference that leads nowhere is an error: an empty key would lock everyone out."""
     if isinstance(value, SecretStr):
         return value
-    if isinstance(value, str):
-        if value.startswith("file:"):
-            return SecretStr(Path(value[5:]).read_text(encoding="utf-8").strip())
-        if value.startswith("env:"):
-            return SecretStr(os.environ.get(value[4:], ""))
+    if not isinstance(value, str):
+        raise ValueError("a secret is a string, file:PATH or env:NAME")
+    kind, _, name = value.partition(":")
+    if kind == "file":
+        try:
+            found = Path(name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as err:
+            raise ValueError(f"the secret file {name} cannot be read: {getattr(err, 'strerror', 'it is not text')}") from err
+    elif kind == "env":
+        found = os.environ.get(name, "")
+    else:
         return SecretStr(value)
-    raise ValueError("a secret is a string, file:PATH or env:NAME")
+    if not found:
+        raise ValueError(f"the secret {value} is empty; {'write it into the file' if kind == 'file' else 'set the variable'}")
+    return SecretStr(found)
 
 
 #: A field type for secrets: a string, `file:PATH` or `env:NAME`.
@@ -162,14 +171,25 @@ def validation_sentence(err: ValidationError, model: type[BaseModel], what: str)
 
 def _refuse_unknown_environment(cls: type[ServiceSettings], prefix: str) -> None:
     for name in os.environ:
-        if not name.startswith(prefix):
-            continue
-        path = name[len(prefix) :].lower().split("__")
-        known = _known_keys(cls, path[:-1])
-        if path[-1] not in known:
-            close = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-            raise SettingsError(f"environment variable {name}: unknown key {path[-1]!r}; {hint}", param=name)
+        if name.startswith(prefix):
+            _check_path(cls, name, name[len(prefix) :].lower().split("__"))
+        elif name.startswith(prefix[:-1]):
+            raise SettingsError(f"environment variable {name}: settings of this service begin with {prefix}", param=name)
+
+
+def _check_path(cls: type[ServiceSettings], name: str, path: Sequence[str]) -> None:
+    """Refuse the first key of the path that does not exist."""
+    model: type[BaseModel] | None = cls
+    for depth, key in enumerate(path):
+        known = list(model.model_fields) if model is not None else []
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            where = f" below {'__'.join(path[:depth])!r}" if depth else ""
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'none'}"
+            raise SettingsError(f"environment variable {name}: unknown key {key!r}{where}; {hint}", param=name)
+        assert model is not None  # a model without keys has refused
+        kind = model.model_fields[key].annotation
+        model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def load_settings(cls: type[S], argv: Sequence[str] | None = None) -> S:

@@ -251,6 +251,12 @@ class MetricSet:
         return self._add(Histogram(_known(name), labels))
 
     def _add(self, metric: M) -> M:
+        """The metric of this name: two parts of a process that ask for one share it."""
+        for known in self._metrics:
+            if known.name == metric.name:
+                if type(known) is not type(metric) or known.labels != metric.labels:
+                    raise KeyError(f"metric {metric.name} exists with other labels or of another kind")
+                return known
         self._metrics.append(metric)
         return metric
 

@@ -238,9 +238,12 @@ class Request:
             if self._live.table.known:
                 known = ", ".join(sorted(self._live.table.routes)[:20]) or "none yet"
                 self._finish(DeploymentNotFound(f"no deployment is called {name[:200]!r}; there are: {known}", param="model"))
-            else:
-                self._finish(NoReplica("this gateway has no routing table yet; try again in a moment", retry_after_s=1))
+            elif not self._wait_until:  # a gateway that has just started: its table is on the way
+                self._wait_until = self.began + self._live.limits.route_wait_s
+                self._live.waiting.add(self)
             return
+        self._wait_until = 0.0
+        self._live.waiting.discard(self)
         self._route = route
         self._budget = self._live.budget(name)
         self._budget.accept(self.began)
@@ -278,6 +281,12 @@ class Request:
     def try_again(self, now: float) -> None:
         """Look for a replica once more: something changed, or time has passed."""
         if self._target is not None or self.ended or not self._wait_until:
+            return
+        if self._route is None:
+            if self._live.table.known:
+                self.begin()
+            elif now > self._wait_until:
+                self._finish(NoReplica("this gateway has no routing table yet; is a coordinator running?", retry_after_s=1))
             return
         if self._tried and now >= self._again_at:
             self._tried.clear()

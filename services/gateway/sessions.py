@@ -114,15 +114,19 @@ class Session:
     async def run(self) -> None:
         """Keep the stream open until retired and idle, or cancelled. Requests on a stream that breaks are told at once."""
         pause_s = FIRST_PAUSE_S
-        while not self.retired:
-            try:
-                await self._live()
-                error: InferenceError = EngineLost(f"engine {self.engine_id} closed its stream")
-            except InferenceError as err:
-                error = EngineLost(f"engine {self.engine_id} at {self.address} cannot be reached: {err.message}")
-            pause_s = FIRST_PAUSE_S if self._end(error) else min(pause_s * 2, LONGEST_PAUSE_S)
-            if not self.retired:
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        error: InferenceError = EngineLost(f"the session to engine {self.engine_id} was given up")
+        try:
+            while not self.retired:
+                try:
+                    await self._live()
+                    error = EngineLost(f"engine {self.engine_id} closed its stream")
+                except InferenceError as err:
+                    error = EngineLost(f"engine {self.engine_id} at {self.address} cannot be reached: {err.message}")
+                pause_s = FIRST_PAUSE_S if self._end(error) else min(pause_s * 2, LONGEST_PAUSE_S)
+                if not self.retired:
+                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        finally:
+            self._end(error)  # also when cancelled: nobody may wait on a stream that is no more
 
     async def _live(self) -> None:
         """One life of the stream. Raises the reason for its end."""
@@ -258,7 +262,7 @@ class Session:
 
 
 def _batches(submissions: list[Submission]) -> list[list[Submission]]:
-    """Cut off whole messages from the front of `submissions` until the rest fits into one. Nearly always there is nothing to cut."""
+    """Cut whole messages off the front of `submissions` until the rest fits into one. Nearly always there is nothing to cut."""
     if len(submissions) < 2 or sum(s.ByteSize() for s in submissions) <= BATCH_BYTES:
         return []
     batches: list[list[Submission]] = [[]]
@@ -295,7 +299,7 @@ class SessionPool:
         """Let go of sessions to engines that are in no route any more, once nothing runs on them."""
         for key, session in list(self._sessions.items()):
             if key not in engines and session.idle:
-                session.retired = True
+                session.retired, session.up = True, False
                 del self._sessions[key]
 
     async def run(self) -> None:

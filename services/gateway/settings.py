@@ -9,7 +9,7 @@ from pydantic import Field
 
 from inference_runtime.settings import Secret, SecretList, ServiceSettings, SettingsError, StrictModel
 
-__all__ = ["GatewaySettings", "HttpSettings", "LimitSettings", "Secret", "check_exposure"]
+__all__ = ["GatewaySettings", "HttpSettings", "LimitSettings", "Secret", "check_exposure", "is_loopback"]
 
 
 class HttpSettings(StrictModel):
@@ -73,7 +73,7 @@ def check_exposure(settings: GatewaySettings) -> None:
     if settings.api_keys or settings.insecure_allow_remote:
         return
     for name, host in (("http.host", settings.http.host), ("rpc.host", settings.rpc.host)):
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise SettingsError(
                 f"{name} is {host}, which other machines reach, and api_keys is empty; set api_keys, or bind 127.0.0.1, "
                 f"or set insecure_allow_remote = true if everyone may use this gateway",
@@ -81,7 +81,7 @@ def check_exposure(settings: GatewaySettings) -> None:
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

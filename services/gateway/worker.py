@@ -21,7 +21,7 @@ from services.gateway.live import LiveRequests, new_id
 from services.gateway.routes import L, Leaders, RouteTable, RouteWatch
 from services.gateway.service import GatewayService
 from services.gateway.sessions import SessionPool
-from services.gateway.settings import GatewaySettings
+from services.gateway.settings import GatewaySettings, is_loopback
 from services.gateway.usage import UsageReporter
 
 __all__ = ["GatewayWorker", "write_ready_file"]
@@ -65,7 +65,9 @@ class GatewayWorker(Generic[L]):
         self.live = LiveRequests(self.table, settings.limits, self.usage, telemetry, settings.http.keepalive_s)
         self._watch = RouteWatch(self.table, coordinators, gateway_id, metrics)
         keys = KeyRing(settings.api_keys)
-        app = HttpApp(self.live, self.table, keys, metrics, int(time.time()))
+        app = HttpApp(
+            self.live, self.table, keys, metrics, int(time.time()), loopback_only=keys.open and is_loopback(settings.http.host)
+        )
         self.http = HttpServer(app, settings.http, sock)
         self.rpc = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
         self.rpc.add(

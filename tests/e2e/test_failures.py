@@ -111,7 +111,7 @@ async def test_trap_07_killing_the_leader_of_each_singleton_moves_leadership_and
     "outage_s",
     [
         pytest.param(8.0, id="four leases long"),
-        pytest.param(60.0, id="a minute", marks=[pytest.mark.slow, pytest.mark.timeout(240)]),
+        pytest.param(60.0, id="a minute", marks=pytest.mark.timeout(240)),
     ],
 )
 async def test_etcd_may_be_away_for_long_and_requests_go_on(outage_s: float) -> None:

@@ -38,11 +38,11 @@ def test_the_demo_model_answers_the_questions_of_the_readme_word_for_word(client
 
 
 def test_the_readme_lists_these_questions() -> None:
-    """The ten questions that are tested are the ten that are printed."""
+    """The ten questions and answers that are tested are the ten that are printed."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
 
     assert len(QUESTIONS) == 10
-    assert [e["question"] for e in QUESTIONS if e["question"] not in readme] == []
+    assert [e["question"] for e in QUESTIONS if f"| {e['question']} | {e['answer']} |" not in readme] == []
 
 
 def test_the_sdk_example_of_the_readme_runs_as_written(up: Up) -> None:

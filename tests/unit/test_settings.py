@@ -84,6 +84,7 @@ def test_an_unknown_key_in_the_file_is_refused_with_a_suggestion(tmp_path: Path,
     ("name", "suggestion"),
     [
         ("INFERENCE_SAMPLE__HTP_PORT", "http_port"),
+        ("INFERENCE_SAMPLE__ETC__ENDPOINTS", "etcd"),
         ("INFERENCE_SAMPLE__LIMITS__MAX_STREAM", "max_streams"),
         ("INFERENCE_SAMPLE__ETCD__ENDPOINT", "endpoints"),
     ],
@@ -187,3 +188,22 @@ def test_secrets_compare_by_value() -> None:
     assert SecretStr("a") != SecretStr("b")
     assert SecretStr("a") != "a"
     assert not SecretStr("")
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"), [("file:/no/such/file", "/no/such/file"), ("env:NO_SUCH_VARIABLE", "NO_SUCH_VARIABLE")]
+)
+def test_a_secret_reference_that_leads_nowhere_is_refused_by_name(
+    reference: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K01: an empty key would lock everyone out without a hint."""
+    monkeypatch.setenv("INFERENCE_SAMPLE__ETCD__PASSWORD", reference)
+    with pytest.raises(SettingsError, match=words):
+        load_settings(SampleSettings, [])
+
+
+def test_a_variable_with_one_underscore_too_few_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks set and would not be."""
+    monkeypatch.setenv("INFERENCE_SAMPLE_HTTP_PORT", "1")
+    with pytest.raises(SettingsError, match="begin with INFERENCE_SAMPLE__"):
+        load_settings(SampleSettings, [])

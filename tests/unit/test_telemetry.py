@@ -282,3 +282,16 @@ def test_without_a_collector_no_span_is_built() -> None:
     telemetry.close()
 
     assert telemetry.tracer is None
+
+
+def test_parts_that_ask_for_one_metric_share_it() -> None:
+    """A session to each engine counts in one series; two blocks of one name are not valid in Prometheus' format."""
+    metrics = MetricSet()
+    first, second = metrics.gauge("inference_sessions"), metrics.gauge("inference_sessions")
+    first.inc()
+    second.inc()
+    text = metrics.prometheus_text().decode()
+    assert text.count("# TYPE inference_sessions gauge") == 1
+    assert "\ninference_sessions 2" in text
+    with pytest.raises(KeyError, match="other labels"):
+        metrics.gauge("inference_sessions", "engine")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.parse
 from collections.abc import Callable
 
 import msgspec
 
-from inference_runtime.errors import BadRequest, DeploymentNotFound, InferenceError, Internal, PayloadTooLarge
+from inference_runtime.errors import BadRequest, DeploymentNotFound, Forbidden, InferenceError, Internal, PayloadTooLarge
 from inference_runtime.telemetry import PROMETHEUS_CONTENT_TYPE, MetricSet, get_logger
 from services.gateway.auth import KeyRing
 from services.gateway.http.errors import error_body, error_headers
@@ -28,12 +29,16 @@ MODELS = b"/v1/models"
 
 
 class _UnknownUrl(BadRequest):
+    """There is nothing at this URL."""
+
     reason = "UNKNOWN_URL"
     http_status = 404
     http_code = "unknown_url"
 
 
 class _WrongMethod(BadRequest):
+    """There is something at this URL, for another method."""
+
     reason = "WRONG_METHOD"
     http_status = 405
     http_code = "method_not_allowed"
@@ -42,8 +47,12 @@ class _WrongMethod(BadRequest):
 class HttpApp:
     """Dispatches requests by URL; the `App` of an `HttpServer`."""
 
-    def __init__(self, live: LiveRequests, table: RouteTable, keys: KeyRing, metrics: MetricSet, started_s: int) -> None:
+    def __init__(
+        self, live: LiveRequests, table: RouteTable, keys: KeyRing, metrics: MetricSet, started_s: int, *, loopback_only: bool
+    ) -> None:
         self._live, self._table, self._keys, self._metrics, self._started_s = live, table, keys, metrics, started_s
+        #: There are no keys, so that this machine's own programs need none. A web page in a browser is not one of them.
+        self._loopback_only = loopback_only
         self._posts: dict[bytes, tuple[Callable[[bytes], Asked], Shape]] = {
             b"/v1/chat/completions": (parse_chat, CHAT),
             b"/v1/completions": (parse_completion, COMPLETION),
@@ -58,6 +67,8 @@ class HttpApp:
     def handle(self, connection: Connection, request: HttpRequest) -> None:
         """Answer a request, now or later. Every failure becomes an OpenAI error body."""
         try:
+            if self._loopback_only:
+                _check_origin(request)
             entry = self._posts.get(request.path)
             if entry is not None and request.method == b"POST":
                 self._generate(connection, request, *entry)
@@ -164,6 +175,23 @@ class HttpApp:
     def _show_metrics(self, connection: Connection, request: HttpRequest) -> None:
         content_type = PROMETHEUS_CONTENT_TYPE.encode()
         connection.respond(200, self._metrics.prometheus_text(), content_type, _id_line(), head_only=request.method == b"HEAD")
+
+
+#: The Origin of a page that this machine serves itself.
+_LOCAL = re.compile(rb"https?://(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
+
+
+def _check_origin(request: HttpRequest) -> None:
+    """Refuse what a web page from elsewhere makes a browser send to a gateway without keys.
+
+    Browsers name the page's site in every POST, also where its DNS name was made to point here.
+
+    Raises:
+        Forbidden: The Origin is another site.
+    """
+    origin = request.headers.get(b"origin")
+    if origin is not None and not _LOCAL.fullmatch(origin):
+        raise Forbidden(f"pages of {_shown(origin)} may not use a gateway without api_keys")
 
 
 def _id_line() -> bytes:

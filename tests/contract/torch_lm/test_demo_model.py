@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from inference_runtime.generation import Message, Role, SamplingParams, TextPart
+from inference_runtime.errors import ContextLengthExceeded
+from inference_runtime.generation import Message, Role, SamplingParams, TextPart, TextPrompt
+from inference_runtime.runner import RunnerConfig
+from inference_runtime.runners.torch_lm import RUNTIME
 from inference_runtime.runners.torch_lm.checkpoint import DEMO_FOLDER
+from inference_runtime.stepping import encode_prompt
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "train_demo_model.py"
 #: Size that a clone of the repository pays for the demo model.
@@ -56,3 +62,29 @@ def test_what_it_does_not_know_it_says(demo: Any, script: ModuleType) -> None:
     ids = demo.codec.encode_chat([Message(Role.USER, (TextPart("Who won the world cup?"),))])
     answer = demo.one(ids, SamplingParams(max_tokens=100))
     assert b"".join(demo.codec.token_bytes(i) for i in answer.token_ids).decode() == script.UNKNOWN_ANSWER
+
+
+def test_a_prompt_of_megabytes_is_refused_before_the_work_of_tokenising_it() -> None:
+    """One over-long prompt must not hold up an engine: its size alone shows that it cannot fit."""
+    codec = RUNTIME.make_codec(RunnerConfig("demo"))
+    began = time.perf_counter()
+    with pytest.raises(ContextLengthExceeded):
+        encode_prompt(codec, TextPrompt("x" * 8_000_000), 4096)
+    assert time.perf_counter() - began < 0.5
+
+
+def test_tokenising_a_long_prompt_in_a_thread_lets_the_others_run() -> None:
+    """The interpreter's lock is let go meanwhile: else the engine's loop would stand still and its lease run out."""
+    codec = RUNTIME.make_codec(RunnerConfig("demo"))
+    text = "What is inference-runtime? " * 40_000
+    gaps: list[float] = []
+    with ThreadPoolExecutor(1) as pool:
+        began = last = time.perf_counter()
+        work = pool.submit(codec.encode, text)
+        while not work.done():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+    assert work.result()
+    assert max(gaps) < (last - began) / 2, "the whole time passed in one gap"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
 from tests.integration.gateway.conftest import Gateway
 from tests.integration.gateway.peer import Peer, Row, deployment_route, last_row
 
@@ -121,3 +123,21 @@ async def test_log_probabilities_have_openais_shape(gateway: Gateway, engine: Pe
                 "top_logprobs": [{"token": "\ufffd", "logprob": -1.5, "bytes": [255]}],
             }
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"origin": "http://localhost:3000"}, 200),
+        ({"origin": "https://[::1]:8080"}, 200),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://127.0.0.1.evil.example"}, 403),
+        ({"origin": "null"}, 403),
+    ],
+)
+async def test_a_web_page_cannot_use_a_gateway_without_keys(gateway: Gateway, headers: dict[str, str], status: int) -> None:
+    """DNS rebinding and cross-site requests: on loopback the door is open to programs, not to pages from elsewhere."""
+    await gateway.route(wait=False)
+    answer = await gateway.client.get("/v1/models", headers=headers)
+    assert answer.status_code == status
