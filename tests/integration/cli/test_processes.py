@@ -184,7 +184,7 @@ time.sleep(60)
 
 def test_a_death_is_one_sentence_with_the_last_words_and_the_log(make: Callable[..., Process]) -> None:
     """A failing child at start is explained by its own sentence."""
-    process = make("import sys; print('noise'); sys.exit('cannot listen on port 1: choose another')")
+    process = make("import sys; print('noise', flush=True); sys.exit('cannot listen on port 1: choose another')")
     process.start()
     wait_for(lambda: not process.running, "its end")
 
