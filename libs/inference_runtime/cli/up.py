@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 import inference_runtime
-from inference_runtime.cli.cluster_file import RUNTIME_FILE, lock_state_dir, write_atomically
+from inference_runtime.cli.cluster_file import RUNTIME_FILE, default_state_dir, lock_state_dir, write_atomically
 from inference_runtime.cli.local import Counts, LocalCluster, http_get
 from inference_runtime.cli.processes import RestartPolicy
 from inference_runtime.cli.screen import Screen
@@ -192,10 +194,23 @@ def _announce(cluster: LocalCluster, specs: Sequence[DeploymentSpec], console: C
         f"  etcd  {etcd}",
         f"  logs  {cluster.logs}",
         f"  try   curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
-        f"        inferctl chat {name}",
+        f"        {_program()} chat {name}{_where(cluster.state_dir)}",
         "",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _program() -> str:
+    """This program as a person would type it here: by name where the shell finds it, else by its path."""
+    script = Path(sys.argv[0])
+    found = shutil.which(script.name)
+    if script.name != "inferctl" or (found and Path(found).resolve() == script.resolve()):
+        return "inferctl"
+    return os.path.relpath(script)
+
+
+def _where(state_dir: Path) -> str:
+    return "" if state_dir.resolve() == default_state_dir().resolve() else f" --state-dir {state_dir}"
 
 
 def _publish(cluster: LocalCluster, options: UpOptions) -> None:
