@@ -32,11 +32,12 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = PATIEN
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Whether a process runs. A zombie does not, once its last thread has ended too: before that nobody can reap it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return False
+    return fields[0] != "Z" or int(fields[17]) > 1
 
 
 def descendants_marked(mark: str) -> list[int]:
