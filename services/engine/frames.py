@@ -265,7 +265,7 @@ def _rows(sequence_ids: list[int], token_ids: Iterable[tuple[int, ...]]) -> list
     The same as calling the class for each row, in a third of the time: this is most of what a step costs the event loop.
     """
     rows = list(map(StepOutput.__new__, repeat(StepOutput, len(sequence_ids))))
-    columns = (sequence_ids, token_ids, repeat(None), repeat(()), repeat(0), repeat(None))
+    columns: tuple[Iterable[object], ...] = (sequence_ids, token_ids, repeat(None), repeat(()), repeat(0), repeat(None))
     for put, column in zip(_SLOTS, columns, strict=True):
         deque(map(put, rows, column), maxlen=0)
     return rows
