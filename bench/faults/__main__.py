@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.faults.cells import CELLS, run_cell
+from bench.faults.cells import CELLS
 from bench.faults.report import Row, row_of, table, write_docs, write_json
+from bench.faults.run import run_cell
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "bench" / "out" / "faults.json"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.faults.cells import LEASE_TTL_S, Cell
 from bench.faults.judge import Run
+from bench.faults.scene import LEASE_TTL_S, Cell
 
 __all__ = ["Row", "row_of", "table", "write_docs", "write_json"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bench.faults.__main__ import QUICK
-from bench.faults.cells import CELLS, run_cell
+from bench.faults.cells import CELLS
 from bench.faults.report import row_of
+from bench.faults.run import run_cell
 
 #: Stalls are bounded loosely here: other tests may run on the same cores.
 STALL_S = 6.0

@@ -1,0 +1,92 @@
+"""One run of one cell: a new cluster of real processes, standing load, a random moment, the fault, a while without it.
+
+Faults are seen before they count, half way, and to be gone; a cell whose fault was not seen proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+from bench.faults.fencing import leader_writes, read_history
+from bench.faults.judge import Run, judge
+from bench.faults.load import MODEL, Load
+from bench.faults.scene import LEASE_TTL_S, PACE_S, Cell, Scene
+from inference_runtime.errors import InferenceError
+from inference_runtime.testing.cluster import Cluster
+from inference_runtime.testing.faults import FaultNotVerified
+
+__all__ = ["run_cell"]
+
+#: Seconds of load after the fault is healed.
+AFTER_S = 1.0
+#: Seconds between two orders that make the deployment manager write assignments.
+CHURN_S = 0.3
+
+
+async def run_cell(cell: Cell, seed: int) -> Run:
+    """One run. A fault that cannot be verified, and a system that does not come back, are problems of the run, not raised."""
+    rng = random.Random(f"{cell.id} {seed}")
+    async with Cluster(engines=cell.engines, gateways=2, singletons=cell.singletons, lease_ttl_s=LEASE_TTL_S) as cluster:
+        await cluster.apply(_deployment(cell, rng))
+        await cluster.wait_serving(MODEL)
+        load = Load(cluster, streams=cell.streams, tokens=cell.tokens, rng=rng, elsewhere=cell.gateways_die)
+        scene = Scene(cell, cluster, load, rng)
+        stop = asyncio.Event()
+        async with load.running(), asyncio.TaskGroup() as tasks:
+            await load.started()
+            if cell.churn:
+                tasks.create_task(_churn(cluster, stop))
+            await asyncio.sleep(rng.uniform(0, cell.tokens * PACE_S / 2))
+            try:
+                await cell.act(scene)
+                await asyncio.sleep(AFTER_S)
+            except FaultNotVerified as err:
+                scene.verified = False
+                scene.problems.append(str(err))
+            except (InferenceError, TimeoutError) as err:
+                scene.problems.append(f"{type(err).__name__}: {err}")
+            finally:
+                stop.set()
+        writes = leader_writes(await read_history(cluster.etcd, scene.history_from), scene.standing)
+    if cell.gateways_die:
+        scene.figures["asked_elsewhere"] = load.asked_elsewhere
+    if cell.churn and (writes.assignments == 0 or (cell.singletons > 1 and writes.terms < 2)):
+        scene.verified = False
+        scene.problems.append(f"{writes.assignments} assignments in {writes.terms} terms: fencing was not put to the test")
+    return judge(
+        load,
+        writes,
+        verified=scene.verified and scene.faults > 0,
+        window=(scene.since, (scene.until or time.monotonic()) + AFTER_S),
+        may_break=scene.may_break,
+        figures=scene.figures,
+        problems=scene.problems,
+        seed=seed,
+    )
+
+
+def _deployment(cell: Cell, rng: random.Random) -> dict[str, Any]:
+    options: dict[str, Any] = {"pace_s": PACE_S}
+    if cell.id == "R-04":
+        # Late enough for every stream to be under way, and so late that the next context is not asked for as much.
+        options["sticky_at_token"] = rng.randrange(13_000, 16_000)
+    base = {"name": MODEL, "model": "scripted", "runtime": "scripted", "runtime_config": options}
+    return {**base, "replicas": cell.replicas, "serving": {"max_concurrent": 128}, **cell.deployment}
+
+
+async def _churn(cluster: Cluster, stop: asyncio.Event) -> None:
+    """Give the deployment manager orders for as long as nobody stops it; nobody may lead at times."""
+    number = 0
+    async with cluster.client() as client:
+        while not stop.is_set():
+            number += 1
+            spec = {"name": "churn", "model": "scripted", "runtime": "scripted", "replicas": number % 3}
+            try:
+                async with asyncio.timeout(2):
+                    await client.apply(spec)
+            except (InferenceError, TimeoutError):
+                pass  # while nobody leads, nobody takes orders
+            await asyncio.sleep(CHURN_S)

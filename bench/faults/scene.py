@@ -1,0 +1,107 @@
+"""What a cell of the matrix is made of: its description, and the scene that it works on while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.faults.load import Load
+from inference_runtime.coordination.kv import KeyValue
+from inference_runtime.testing.cluster import Cluster
+from inference_runtime.testing.faults import Fault, FaultNotVerified, injected
+
+__all__ = ["LEASE_TTL_S", "PACE_S", "VISIBLE_S", "Cell", "Scene"]
+
+#: Leases are shorter than a deployment's 10 s, so that a cell in which they run out ends soon.
+LEASE_TTL_S = 3.0
+#: Seconds of each token: 50 tokens a second for each stream.
+PACE_S = 0.02
+#: Seconds that something gets to become visible.
+VISIBLE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row of the matrix.
+
+    Args:
+        id: Its name in the matrix.
+        fault: What is done, for people.
+        act: Does it.
+        promise: What is promised besides the zeros, for people.
+        unavailable_s: Longest time in which new requests may fail or wait for more than 2 s.
+        stall_s: Longest silence of a stream, seconds, 99th percentile.
+        singletons: Candidates of each singleton.
+        engines: Engines.
+        replicas: Replicas of the deployment.
+        streams: Streams that are open at any time.
+        tokens: Tokens of each stream.
+        deployment: More keys of the deployment.
+        churn: Orders keep the deployment manager writing assignments.
+        gateways_die: Gateways are taken down: their clients ask another one when they are refused.
+    """
+
+    id: str
+    fault: str
+    act: Callable[[Scene], Awaitable[None]]
+    promise: str
+    unavailable_s: float = 0.0
+    stall_s: float = 6.0
+    singletons: int = 1
+    engines: int = 3
+    replicas: int = 3
+    streams: int = 40
+    tokens: int = 200
+    deployment: Mapping[str, Any] = field(default_factory=dict)
+    churn: bool = False
+    gateways_die: bool = False
+
+
+@dataclass(slots=True)
+class Scene:
+    """What a cell works with while it runs, and what it leaves for the judge."""
+
+    cell: Cell
+    cluster: Cluster
+    load: Load
+    rng: random.Random
+    faults: int = 0
+    since: float = 0.0
+    until: float = 0.0
+    may_break: set[int] = field(default_factory=set)
+    figures: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    verified: bool = True
+    #: Where etcd's history begins, and the candidates that stood then.
+    history_from: int = 1
+    standing: list[KeyValue] = field(default_factory=list)
+
+    def pick(self, service: str) -> str:
+        """A random process of a service, by name."""
+        return self.rng.choice(self.cluster.local.of(service)).spec.name
+
+    @asynccontextmanager
+    async def under(self, fault: Fault) -> AsyncIterator[None]:
+        """The body runs under the fault, which is seen when it begins and still there when it ends."""
+        begin = time.monotonic()
+        self.since = self.since or begin
+        async with injected(fault):
+            yield
+            if not fault.is_injected():
+                raise FaultNotVerified(f"{fault.name} was gone before it was healed")
+        self.until = time.monotonic()
+        self.faults += 1
+
+    async def visible(self, condition: Callable[[], Awaitable[bool]], complaint: str) -> None:
+        """Return once a condition holds. Raises FaultNotVerified."""
+        try:
+            async with asyncio.timeout(VISIBLE_S):
+                while not await condition():  # noqa: ASYNC110 - etcd and the process table are looked at
+                    await asyncio.sleep(0.02)
+        except TimeoutError as err:
+            raise FaultNotVerified(f"{complaint} within {VISIBLE_S:g} s") from err
