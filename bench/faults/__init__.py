@@ -2,6 +2,6 @@
 
     python -m bench.faults --cells R-01,M-02 --seeds 3
 
-`load` puts streams on a cluster of real processes, `scene` says what a cell is, `cells` which there are, `run` runs one, `fencing`
+`load` puts streams on a cluster of processes, `scene` says what a cell is, `cells` which there are, `run` runs one. `fencing`
 reads what leaders wrote out of etcd's own history, `judge` holds it all against what is promised, `report` prints it.
 """
