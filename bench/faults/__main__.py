@@ -23,11 +23,12 @@ DOCS = ROOT / "docs" / "faults.md"
 QUICK = ("R-01", "G-02", "E-01")
 
 
-def run(names: Sequence[str], seeds: int) -> list[Row]:
+def run(names: Sequence[str], seeds: int, *, full: bool) -> list[Row]:
     """Run these cells, each with seeds 1 to `seeds`, and say after each what was not kept."""
     rows = []
     for name in names:
-        row = row_of(CELLS[name], [asyncio.run(run_cell(CELLS[name], seed)) for seed in range(1, seeds + 1)])
+        runs = [asyncio.run(run_cell(CELLS[name], seed, full=full)) for seed in range(1, seeds + 1)]
+        row = row_of(CELLS[name], runs)
         rows.append(row)
         print(f"{row.id}: {'; '.join(row.broken_promises) or 'all kept'}", file=sys.stderr)
         for line in row.details:
@@ -40,7 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description="Run the fault matrix.")
     parser.add_argument("--cells", default="", help=f"comma-separated; known are {', '.join(CELLS)}")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each cell")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"short forms; without --cells only {', '.join(QUICK)}")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/faults.md")
     args = parser.parse_args()
     names = [name for name in args.cells.split(",") if name] or list(QUICK if args.quick else CELLS)
@@ -48,7 +49,7 @@ def main() -> int:
         parser.error(f"no cell {', '.join(unknown)}; known are {', '.join(CELLS)}")
     if args.seeds < 1:
         parser.error("--seeds is 1 or more")
-    rows = run(names, args.seeds)
+    rows = run(names, args.seeds, full=not args.quick)
     write_json(rows, OUT)
     if args.write_docs:
         write_docs(rows, DOCS)

@@ -41,6 +41,7 @@ class Run:
     problems: tuple[str, ...]
     figures: Mapping[str, float]
     details: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def judge(
@@ -53,6 +54,7 @@ def judge(
     figures: Mapping[str, float],
     problems: Sequence[str],
     seed: int,
+    notes: Sequence[str] = (),
 ) -> Run:
     """Hold a run against the truth.
 
@@ -65,6 +67,7 @@ def judge(
         figures: What the cell measured by itself.
         problems: What the cell saw that must not be.
         seed: Of the run.
+        notes: In what the run was smaller than the matrix's.
     """
     findings = load.history.findings()
     kinds = Counter(finding.kind for finding in findings)
@@ -100,6 +103,7 @@ def judge(
         problems=tuple(problems),
         figures={name: round(value, 2) for name, value in figures.items()},
         details=tuple(details),
+        notes=tuple(notes),
     )
 
 

@@ -42,6 +42,7 @@ class Row:
     stall_limit_s: float
     verified: bool
     figures: dict[str, float]
+    figure_limits: dict[str, float]
     broken_promises: tuple[str, ...]
     details: tuple[str, ...]
 
@@ -55,12 +56,13 @@ def row_of(cell: Cell, runs: Sequence[Run]) -> Row:
     }
     promises = [f"{name} is {count}, not 0" for name, count in zeros.items() if count]
     promises += [problem for r in runs for problem in r.problems]
+    promises += [f"seed {r.seed}: {excess}" for r in runs for excess in cell.excesses(r.figures)]
     promises += [] if verified else ["not every fault was verified"]
     promises += [f"unavailable for {unavailable} s"] if unavailable > cell.unavailable_s else []
     promises += [f"a stall of {stall} s"] if stall > cell.stall_s else []
     return Row(
         id=cell.id,
-        fault=cell.fault,
+        fault="; ".join([cell.fault, *(f"quick: {note}" for note in dict.fromkeys(n for r in runs for n in r.notes))]),
         promise=cell.promise,
         runs=len(runs),
         requests=sum(r.requests for r in runs),
@@ -75,6 +77,7 @@ def row_of(cell: Cell, runs: Sequence[Run]) -> Row:
         stall_limit_s=cell.stall_s,
         verified=verified,
         figures={name: max(r.figures.get(name, 0.0) for r in runs) for name in sorted({n for r in runs for n in r.figures})},
+        figure_limits=dict(cell.limits),
         broken_promises=tuple(promises),
         details=tuple(f"seed {r.seed}: {line}" for r in runs for line in r.details),
         **zeros,
@@ -93,9 +96,13 @@ def _cells(row: Row) -> list[str]:
         *(str(row.broken), f"{row.second_leader_effects} of {row.leader_writes}"),
         f"{row.slow_new} ({row.slowest_new_s:g})",
         *(f"{row.unavailable_s:g} (≤ {row.unavailable_limit_s:g})", f"{row.stall_p99_s:g} (≤ {row.stall_limit_s:g})"),
-        ", ".join(f"{name} {value:g}" for name, value in row.figures.items()) or "-",
+        ", ".join(f"{name} {value:g}{_limit(row, name)}" for name, value in row.figures.items()) or "-",
         "yes" if row.verified else "NO",
     ]
+
+
+def _limit(row: Row, figure: str) -> str:
+    return f" (≤ {row.figure_limits[figure]:g})" if figure in row.figure_limits else ""
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -26,14 +26,18 @@ AFTER_S = 1.0
 CHURN_S = 0.3
 
 
-async def run_cell(cell: Cell, seed: int) -> Run:
-    """One run. A fault that cannot be verified, and a system that does not come back, are problems of the run, not raised."""
+async def run_cell(cell: Cell, seed: int, *, full: bool = False) -> Run:
+    """One run, as long as the matrix says or (not `full`) shorter.
+
+    A fault that cannot be verified, and a system that does not come back, are problems of the run, not raised.
+    """
     rng = random.Random(f"{cell.id} {seed}")
-    async with Cluster(engines=cell.engines, gateways=2, singletons=cell.singletons, lease_ttl_s=LEASE_TTL_S) as cluster:
+    shape = {"engines": cell.engines, "gateways": 2, "singletons": cell.singletons, "lease_ttl_s": LEASE_TTL_S}
+    async with Cluster(**{**shape, **cell.cluster}) as cluster:
         await cluster.apply(_deployment(cell, rng))
         await cluster.wait_serving(MODEL)
         load = Load(cluster, streams=cell.streams, tokens=cell.tokens, rng=rng, elsewhere=cell.gateways_die)
-        scene = Scene(cell, cluster, load, rng)
+        scene = Scene(cell, cluster, load, rng, full)
         stop = asyncio.Event()
         async with load.running(), asyncio.TaskGroup() as tasks:
             await load.started()
@@ -53,7 +57,7 @@ async def run_cell(cell: Cell, seed: int) -> Run:
         writes = leader_writes(await read_history(cluster.etcd, scene.history_from), scene.standing)
     if cell.gateways_die:
         scene.figures["asked_elsewhere"] = load.asked_elsewhere
-    if cell.churn and (writes.assignments == 0 or (cell.singletons > 1 and writes.terms < 2)):
+    if cell.churn and (writes.assignments == 0 or writes.terms < cell.terms):
         scene.verified = False
         scene.problems.append(f"{writes.assignments} assignments in {writes.terms} terms: fencing was not put to the test")
     return judge(
@@ -65,6 +69,7 @@ async def run_cell(cell: Cell, seed: int) -> Run:
         figures=scene.figures,
         problems=scene.problems,
         seed=seed,
+        notes=scene.notes,
     )
 
 

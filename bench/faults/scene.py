@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -43,7 +44,10 @@ class Cell:
         tokens: Tokens of each stream.
         deployment: More keys of the deployment.
         churn: Orders keep the deployment manager writing assignments.
+        terms: Least number of terms in which assignments must have been written, where orders keep coming.
         gateways_die: Gateways are taken down: their clients ask another one when they are refused.
+        limits: Largest value of each figure that the cell measures by itself; one that was not measured is over its limit.
+        cluster: More arguments of the cluster.
     """
 
     id: str
@@ -59,17 +63,30 @@ class Cell:
     tokens: int = 200
     deployment: Mapping[str, Any] = field(default_factory=dict)
     churn: bool = False
+    terms: int = 1
     gateways_die: bool = False
+    limits: Mapping[str, float] = field(default_factory=dict)
+    cluster: Mapping[str, Any] = field(default_factory=dict)
+
+    def excesses(self, figures: Mapping[str, float]) -> list[str]:
+        """What is over its limit, or was not measured: a sentence each."""
+        missing = [f"{name} was not measured (limit {limit:g})" for name, limit in self.limits.items() if name not in figures]
+        over = {name: value for name, value in figures.items() if value > self.limits.get(name, math.inf)}
+        return missing + [f"{name} is {value:g}, over {self.limits[name]:g}" for name, value in over.items()]
 
 
 @dataclass(slots=True)
 class Scene:
-    """What a cell works with while it runs, and what it leaves for the judge."""
+    """What a cell works with while it runs, and what it leaves for the judge.
+
+    `full` runs take as long as the matrix says; others are shorter and say so in their row.
+    """
 
     cell: Cell
     cluster: Cluster
     load: Load
     rng: random.Random
+    full: bool = False
     faults: int = 0
     since: float = 0.0
     until: float = 0.0
@@ -77,6 +94,7 @@ class Scene:
     figures: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     verified: bool = True
+    notes: list[str] = field(default_factory=list)
     #: Where etcd's history begins, and the candidates that stood then.
     history_from: int = 1
     standing: list[KeyValue] = field(default_factory=list)
@@ -84,6 +102,17 @@ class Scene:
     def pick(self, service: str) -> str:
         """A random process of a service, by name."""
         return self.rng.choice(self.cluster.local.of(service)).spec.name
+
+    def sized(self, what: str, *, quick: float, full: float) -> float:
+        """The size of something (seconds, processes) in this run. A smaller one than the matrix's is told in the row."""
+        if self.full:
+            return full
+        self.notes.append(f"{what} {quick:g} instead of {full:g}")
+        return quick
+
+    def measured(self, figure: str, value: float) -> None:
+        """Note a figure; the largest counts."""
+        self.figures[figure] = max(value, self.figures.get(figure, value))
 
     @asynccontextmanager
     async def under(self, fault: Fault) -> AsyncIterator[None]:

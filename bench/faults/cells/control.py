@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from bench.faults.scene import LEASE_TTL_S, Cell, Scene
 from inference_runtime.testing.faults import Freeze, Kill
@@ -41,15 +42,10 @@ def _handover(scene: Scene, role: str, took_s: float) -> None:
         scene.problems.append(f"{role}: a new leader took {took_s:.1f} s")
 
 
+#: Orders keep coming, so that there is something to write, and leaders change.
+_FENCED: dict[str, Any] = {"singletons": 2, "churn": True, "terms": 2, "stall_s": 1.0}
+
 CELLS = (
-    Cell("M-01", "both leaders: kill -9", leaders_killed, "new leader ≤ lease + 2 s", singletons=2, churn=True, stall_s=1.0),
-    Cell(
-        "M-02",
-        "both leaders: SIGSTOP > lease",
-        leaders_frozen,
-        "no write by the old one",
-        singletons=2,
-        churn=True,
-        stall_s=1.0,
-    ),
+    Cell("M-01", "both leaders: kill -9", leaders_killed, "new leader ≤ lease + 2 s", **_FENCED),
+    Cell("M-02", "both leaders: SIGSTOP > lease", leaders_frozen, "no write by the old one", **_FENCED),
 )

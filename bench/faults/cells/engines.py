@@ -104,6 +104,7 @@ CELLS = (
         singletons=2,
         tokens=100,
         churn=True,
+        terms=2,
         gateways_die=True,
     ),
 )
