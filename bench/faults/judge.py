@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from bench.faults.fencing import Writes
-from bench.faults.load import Answer, Load
+from bench.faults.load import MODEL, Answer, Load
 
 __all__ = ["WAIT_S", "Run", "judge", "percentile", "unavailable_s"]
 
 #: A new request that waits for longer is one that is not served.
 WAIT_S = 2.0
+#: Ends of a request that can be excused: it was told why. A connection that just ends tells nothing.
+EXCUSABLE = frozenset({"refused", "failed"})
 #: Messages that a run keeps of each kind.
 SHOWN = 5
 
@@ -55,6 +57,7 @@ def judge(
     problems: Sequence[str],
     seed: int,
     notes: Sequence[str] = (),
+    excused: Callable[[Answer], bool] = lambda answer: False,
 ) -> Run:
     """Hold a run against the truth.
 
@@ -68,12 +71,15 @@ def judge(
         problems: What the cell saw that must not be.
         seed: Of the run.
         notes: In what the run was smaller than the matrix's.
+        excused: Requests that were not served and did not have to be, where they were told so. What they got is still checked.
     """
     findings = load.history.findings()
     kinds = Counter(finding.kind for finding in findings)
     broken = [a for a in load.answers if a.outcome == "broken" and a.gateway in may_break]
-    failed = [a for a in load.answers if a.outcome != "ended" and a not in broken]
-    stalls = [s for a in load.answers if not a.probe and a not in broken and (s := a.stall_s(*window)) is not None]
+    allowed = {id(a) for a in [*broken, *(a for a in load.answers if a.outcome in EXCUSABLE and excused(a))]}
+    failed = [a for a in load.answers if a.outcome != "ended" and id(a) not in allowed]
+    streams = [a for a in load.answers if a.model == MODEL and not a.probe and id(a) not in allowed]
+    stalls = [s for a in streams if (s := a.stall_s(*window)) is not None]
     probes = [a for a in load.answers if a.probe]
     details = [
         *(

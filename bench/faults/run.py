@@ -13,7 +13,7 @@ from typing import Any
 from bench.faults.fencing import leader_writes, read_history
 from bench.faults.judge import Run, judge
 from bench.faults.load import MODEL, Load
-from bench.faults.scene import LEASE_TTL_S, PACE_S, Cell, Scene
+from bench.faults.scene import LEASE_TTL_S, Cell, Scene
 from inference_runtime.errors import InferenceError
 from inference_runtime.testing.cluster import Cluster
 from inference_runtime.testing.faults import FaultNotVerified
@@ -43,7 +43,7 @@ async def run_cell(cell: Cell, seed: int, *, full: bool = False) -> Run:
             await load.started()
             if cell.churn:
                 tasks.create_task(_churn(cluster, stop))
-            await asyncio.sleep(rng.uniform(0, cell.tokens * PACE_S / 2))
+            await asyncio.sleep(rng.uniform(0, cell.tokens * cell.pace_s / 2))
             try:
                 await cell.act(scene)
                 await asyncio.sleep(AFTER_S)
@@ -70,16 +70,18 @@ async def run_cell(cell: Cell, seed: int, *, full: bool = False) -> Run:
         problems=scene.problems,
         seed=seed,
         notes=scene.notes,
+        excused=scene.excused,
     )
 
 
 def _deployment(cell: Cell, rng: random.Random) -> dict[str, Any]:
-    options: dict[str, Any] = {"pace_s": PACE_S}
+    options: dict[str, Any] = {"pace_s": cell.pace_s}
     if cell.id == "R-04":
         # Late enough for every stream to be under way, and so late that the next context is not asked for as much.
         options["sticky_at_token"] = rng.randrange(13_000, 16_000)
     base = {"name": MODEL, "model": "scripted", "runtime": "scripted", "runtime_config": options}
-    return {**base, "replicas": cell.replicas, "serving": {"max_concurrent": 128}, **cell.deployment}
+    whole = {**base, "replicas": cell.replicas, "serving": {"max_concurrent": 128}, **cell.deployment}
+    return whole | {"runtime_config": options | dict(cell.deployment.get("runtime_config", {}))}
 
 
 async def _churn(cluster: Cluster, stop: asyncio.Event) -> None:

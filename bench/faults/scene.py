@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.faults.load import Load
+from bench.faults.load import Answer, Load
 from inference_runtime.coordination.kv import KeyValue
 from inference_runtime.testing.cluster import Cluster
 from inference_runtime.testing.faults import Fault, FaultNotVerified, injected
@@ -42,6 +42,7 @@ class Cell:
         replicas: Replicas of the deployment.
         streams: Streams that are open at any time.
         tokens: Tokens of each stream.
+        pace_s: Seconds of each of them.
         deployment: More keys of the deployment.
         churn: Orders keep the deployment manager writing assignments.
         terms: Least number of terms in which assignments must have been written, where orders keep coming.
@@ -61,6 +62,7 @@ class Cell:
     replicas: int = 3
     streams: int = 40
     tokens: int = 200
+    pace_s: float = PACE_S
     deployment: Mapping[str, Any] = field(default_factory=dict)
     churn: bool = False
     terms: int = 1
@@ -94,6 +96,8 @@ class Scene:
     figures: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     verified: bool = True
+    #: Whether a request that was refused, or ended in an error, did not have to be served (judge.py).
+    excused: Callable[[Answer], bool] = lambda answer: False
     notes: list[str] = field(default_factory=list)
     #: Where etcd's history begins, and the candidates that stood then.
     history_from: int = 1

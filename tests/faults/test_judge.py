@@ -14,7 +14,7 @@ import pytest
 from bench.faults.cells import CELLS
 from bench.faults.fencing import Writes, leader_writes
 from bench.faults.judge import Run, judge, percentile, unavailable_s
-from bench.faults.load import Answer, Load, Outcome
+from bench.faults.load import MODEL, Answer, Load, Outcome
 from bench.faults.report import BEGIN, END, row_of, table, write_docs
 from inference_runtime.coordination import keys
 from inference_runtime.coordination.kv import Event, KeyValue
@@ -85,7 +85,9 @@ class Addresses:
         return self
 
 
-def answered(*, words: list[int] | None = None, outcome: Outcome = "ended", gateway: int = 0) -> Run:
+def answered(
+    *, words: list[int] | None = None, outcome: Outcome = "ended", gateway: int = 0, model: str = MODEL, excused: bool = False
+) -> Run:
     """A run of one stream of eight tokens that got `words` of them, by place."""
     load = Load(cast(Cluster, Addresses()), streams=1, tokens=8, rng=random.Random(1))
     record = load.history.begin("hello", seed=1, tokens=8)
@@ -95,8 +97,18 @@ def answered(*, words: list[int] | None = None, outcome: Outcome = "ended", gate
         record.end()
     else:
         record.fail("told to")
-    load.answers.append(Answer(record, gateway, 0.0, False, [1.0, 2.5, 3.0], 3.0, outcome))
-    return judge(load, NOTHING, verified=True, window=(0.0, 3.0), may_break={1}, figures={}, problems=[], seed=1)
+    load.answers.append(Answer(record, gateway, 0.0, False, [1.0, 2.5, 3.0], 3.0, outcome, model=model))
+    return judge(
+        load,
+        NOTHING,
+        verified=True,
+        window=(0.0, 3.0),
+        may_break={1},
+        figures={},
+        problems=[],
+        seed=1,
+        excused=lambda answer: excused,
+    )
 
 
 def test_an_undisturbed_run_is_all_zeros_and_its_longest_silence_is_known() -> None:
@@ -114,6 +126,7 @@ def test_an_undisturbed_run_is_all_zeros_and_its_longest_silence_is_known() -> N
         pytest.param({"words": [0, 1, 2, 2, 3, 4, 5, 6, 7]}, "duplicated", id="doubled"),
         pytest.param({"words": [0, 1, 3, 2, 4, 5, 6, 7]}, "foreign", id="out of order"),
         pytest.param({"outcome": "failed"}, "failed", id="failed"),
+        pytest.param({"outcome": "refused"}, "failed", id="refused"),
         pytest.param({"outcome": "broken"}, "failed", id="broken at a gateway that lives"),
     ],
 )
@@ -131,6 +144,19 @@ def test_a_stream_of_a_killed_gateway_may_break_and_is_counted() -> None:
 
     assert (run.broken, run.failed, run.lost) == (1, 0, 0)
     assert answered(outcome="broken", gateway=1, words=[0, 2]).lost == 1
+
+
+@pytest.mark.parametrize(("outcome", "failed"), [("refused", 0), ("failed", 0), ("broken", 1)])
+def test_a_request_that_did_not_have_to_be_served_is_excused_when_it_was_told_so(outcome: Outcome, failed: int) -> None:
+    """P-01, P-02: what it got is still held against the truth, and nothing excuses a connection that just ends."""
+    assert answered(outcome=outcome, excused=True).failed == failed
+    assert answered(outcome=outcome, excused=True, words=[0, 2]).lost == 1
+
+
+def test_only_streams_of_the_standing_load_tell_of_stalls() -> None:
+    """P-01: the deployment that is overloaded is judged by figures of its own."""
+    assert answered().stall_p99_s == 1.5
+    assert not answered(model="crowded").verified, "no stream was open under the fault"
 
 
 def test_time_without_answers_runs_to_the_next_good_one() -> None:
