@@ -18,9 +18,9 @@ import grpc
 from inference_runtime.errors import EngineLost, InferenceError, Internal
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
-from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
+from inference_runtime.v1 import engine_service_pb2
 
-__all__ = ["PROTOCOL_VERSION", "Receiver", "Session", "SessionPool"]
+__all__ = ["PROTOCOL_VERSION", "Receiver", "Session", "SessionPool", "encoded", "messages"]
 
 log = get_logger(__name__)
 
@@ -38,6 +38,11 @@ MESSAGE_SPACING_S = 0.002
 #: Submissions of one message, bytes together. One body may have 8 MiB and a message 16: three that leave together would end the
 #: stream for everyone on it.
 BATCH_BYTES = 2 << 20
+
+#: `SessionRequest.submissions` on the wire: its tag, before the length and the bytes of each.
+SUBMISSIONS_TAG = engine_service_pb2.SessionRequest(submissions=[{}]).SerializeToString()[:1]
+_BYTES = [bytes((value,)) for value in range(256)]
+METHOD = "/inference_runtime.v1.EngineService/Session"
 
 Submission = engine_service_pb2.Submission
 ChunkDetail = engine_service_pb2.ChunkDetail
@@ -78,7 +83,7 @@ class Session:
         self._open = metrics.gauge("inference_sessions")
         self._dropped = metrics.counter("inference_frames_dropped_total", "cause")
         self._streams: dict[int, Receiver] = {}
-        self._submissions: list[Submission] = []
+        self._submissions: list[bytes] = []
         self._cancellations: list[engine_service_pb2.Cancellation] = []
         self._wake = asyncio.Event()
         self._ids = itertools.count(1)
@@ -97,7 +102,7 @@ class Session:
         """Send a submission with the next message. Returns the stream id it got."""
         stream_id = submission.stream_id = next(self._ids)
         self._streams[stream_id] = receiver
-        self._submissions.append(submission)
+        self._submissions.append(encoded(submission))
         self._wake.set()
         return stream_id
 
@@ -133,8 +138,9 @@ class Session:
         channel = open_channel(self.address)
         try:
             async with asyncio.TaskGroup() as tasks:
-                stub = engine_service_pb2_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
-                await self._converse(stub.Session(), tasks)
+                # Bytes out: a submission is encoded once, as it is handed in, and a message is those bytes end to end.
+                session = channel.stream_stream(METHOD, None, SessionResponse.FromString)
+                await self._converse(session(None), tasks)
         except ExceptionGroup as group:
             cause = group.exceptions[0]
             if isinstance(cause, grpc.aio.AioRpcError):
@@ -148,7 +154,7 @@ class Session:
     async def _converse(self, call: grpc.aio.StreamStreamCall, tasks: asyncio.TaskGroup) -> None:  # type: ignore[type-arg]
         try:
             async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await call.write(engine_service_pb2.SessionRequest(hello=self._hello))
+                await call.write(engine_service_pb2.SessionRequest(hello=self._hello).SerializeToString())
                 first = await call.read()
         except TimeoutError as err:
             raise EngineLost("no welcome in time") from err
@@ -174,10 +180,10 @@ class Session:
             self._wake.clear()
             submissions, self._submissions = self._submissions, []
             cancellations, self._cancellations = self._cancellations, []
-            for batch in _batches(submissions):
-                await call.write(engine_service_pb2.SessionRequest(submissions=batch))
-            message = engine_service_pb2.SessionRequest(submissions=submissions, cancellations=cancellations)
-            if submissions or cancellations:
+            cancelled = (
+                engine_service_pb2.SessionRequest(cancellations=cancellations).SerializeToString() if cancellations else b""
+            )
+            for message in messages([*submissions, cancelled] if cancelled else submissions):
                 await call.write(message)
 
     def _begin(self) -> None:
@@ -261,20 +267,29 @@ class Session:
         receiver.on_lost(Internal(str(err)))
 
 
-def _batches(submissions: list[Submission]) -> list[list[Submission]]:
-    """Cut whole messages off the front of `submissions` until the rest fits into one. Nearly always there is nothing to cut."""
-    if len(submissions) < 2 or sum(s.ByteSize() for s in submissions) <= BATCH_BYTES:
-        return []
-    batches: list[list[Submission]] = [[]]
-    size = 0
-    for submission in submissions:
-        size += submission.ByteSize()
-        if batches[-1] and size > BATCH_BYTES:
-            batches.append([])
-            size = submission.ByteSize()
-        batches[-1].append(submission)
-    submissions[:] = batches.pop()
-    return batches
+def encoded(submission: Submission) -> bytes:
+    """A submission as a message of its own. Such messages put end to end are one message with all of them."""
+    body = submission.SerializeToString()
+    size, length = len(body), b""
+    while size > 127:
+        length += _BYTES[size & 127 | 128]
+        size >>= 7
+    return SUBMISSIONS_TAG + length + _BYTES[size] + body
+
+
+def messages(parts: list[bytes]) -> list[bytes]:
+    """Parts put together to as few messages as may be, in order. Nearly always that is one."""
+    whole = b"".join(parts)
+    if len(whole) <= BATCH_BYTES or len(parts) == 1:
+        return [whole] if whole else []
+    found: list[bytes] = []
+    begin = size = 0
+    for at, part in enumerate(parts):
+        if size and size + len(part) > BATCH_BYTES:
+            found.append(b"".join(parts[begin:at]))
+            begin, size = at, 0
+        size += len(part)
+    return [*found, b"".join(parts[begin:])]
 
 
 class SessionPool:
