@@ -60,6 +60,9 @@ class Timeouts(StrictModel):
 
     first_chunk_s: float = Field(default=60.0, gt=0, description="from admission to the first chunk")
     total_s: float = Field(default=600.0, gt=0, description="the whole request")
+    disconnected_s: float = Field(
+        default=0.0, ge=0, description="what a streamed answer goes on for after its client has left; 0 cancels it at once"
+    )
 
 
 class DeploymentSpec(StrictModel):

@@ -266,7 +266,9 @@ def spec_to_proto(spec: d.DeploymentSpec) -> deployment_pb2.DeploymentSpec:
             max_context_tokens=spec.serving.max_context_tokens,
         ),
         timeouts=deployment_pb2.Timeouts(
-            first_chunk=duration(spec.timeouts.first_chunk_s), total=duration(spec.timeouts.total_s)
+            first_chunk=duration(spec.timeouts.first_chunk_s),
+            total=duration(spec.timeouts.total_s),
+            disconnected=duration(spec.timeouts.disconnected_s),
         ),
         accelerators=spec.accelerators,
         node_labels=spec.node_labels,
@@ -299,6 +301,8 @@ def spec_from_proto(p: deployment_pb2.DeploymentSpec) -> d.DeploymentSpec:
         timeouts["first_chunk_s"] = seconds(p.timeouts.first_chunk)
     if p.timeouts.HasField("total"):
         timeouts["total_s"] = seconds(p.timeouts.total)
+    if p.timeouts.HasField("disconnected"):
+        timeouts["disconnected_s"] = seconds(p.timeouts.disconnected)
     try:
         config = _whole(json_format.MessageToDict(p.runtime_config))
     except (ValueError, json_format.SerializeToJsonError) as err:  # JSON has no NaN and no infinity

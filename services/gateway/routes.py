@@ -112,6 +112,7 @@ class Route:
     total_timeout_s: float
     targets: tuple[Target, ...]
     max_context_tokens: int = 0
+    disconnected_timeout_s: float = 0.0
 
 
 class RouteTable:
@@ -187,6 +188,7 @@ class RouteTable:
             total_timeout_s=seconds(line.total_timeout) or DEFAULT_TOTAL_TIMEOUT_S,
             targets=tuple(targets),
             max_context_tokens=max((r.max_context_tokens for r in line.replicas), default=0),
+            disconnected_timeout_s=seconds(line.disconnected_timeout),
         )
 
     @property
