@@ -66,7 +66,7 @@ class WatchRoutesRequest(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ...) -> None: ...
 
 class DeploymentRoute(_message.Message):
-    __slots__ = ("deployment", "replicas", "runtime", "generation", "first_chunk_timeout", "total_timeout", "disconnected_timeout")
+    __slots__ = ("deployment", "replicas", "runtime", "generation", "first_chunk_timeout", "total_timeout", "disconnected_timeout", "next_chunk_timeout")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class DeploymentRoute(_message.Message):
     FIRST_CHUNK_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     DISCONNECTED_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CHUNK_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     replicas: _containers.RepeatedCompositeFieldContainer[_common_pb2.Replica]
     runtime: str
@@ -81,7 +82,8 @@ class DeploymentRoute(_message.Message):
     first_chunk_timeout: _duration_pb2.Duration
     total_timeout: _duration_pb2.Duration
     disconnected_timeout: _duration_pb2.Duration
-    def __init__(self, deployment: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[_common_pb2.Replica, _Mapping]]] = ..., runtime: _Optional[str] = ..., generation: _Optional[int] = ..., first_chunk_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., disconnected_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    next_chunk_timeout: _duration_pb2.Duration
+    def __init__(self, deployment: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[_common_pb2.Replica, _Mapping]]] = ..., runtime: _Optional[str] = ..., generation: _Optional[int] = ..., first_chunk_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., disconnected_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., next_chunk_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class WatchRoutesResponse(_message.Message):
     __slots__ = ("revision", "snapshot", "deployments", "removed", "loads", "fencing_token")

@@ -60,14 +60,16 @@ class Serving(_message.Message):
     def __init__(self, max_concurrent: _Optional[int] = ..., queue_capacity: _Optional[int] = ..., on_capacity_exhausted: _Optional[_Union[CapacityPolicy, str]] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
 
 class Timeouts(_message.Message):
-    __slots__ = ("first_chunk", "total", "disconnected")
+    __slots__ = ("first_chunk", "total", "disconnected", "next_chunk")
     FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     DISCONNECTED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CHUNK_FIELD_NUMBER: _ClassVar[int]
     first_chunk: _duration_pb2.Duration
     total: _duration_pb2.Duration
     disconnected: _duration_pb2.Duration
-    def __init__(self, first_chunk: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., disconnected: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    next_chunk: _duration_pb2.Duration
+    def __init__(self, first_chunk: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., disconnected: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., next_chunk: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
     __slots__ = ("name", "model", "runtime", "replicas", "runtime_config", "serving", "timeouts", "accelerators", "node_labels", "isolation")

@@ -36,7 +36,7 @@ class TokenPrefix(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("stream_id", "epoch", "request", "replica_id", "revision", "generated_prefix", "time_left", "credits", "coalesce_tokens", "traceparent", "idempotency_key", "fencing_token")
+    __slots__ = ("stream_id", "epoch", "request", "replica_id", "revision", "generated_prefix", "time_left", "credits", "coalesce_tokens", "traceparent", "idempotency_key", "fencing_token", "choice")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class Submission(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     stream_id: int
     epoch: int
     request: _generation_pb2.GenerationRequest
@@ -61,7 +62,8 @@ class Submission(_message.Message):
     traceparent: str
     idempotency_key: str
     fencing_token: _common_pb2.FencingToken
-    def __init__(self, stream_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request: _Optional[_Union[_generation_pb2.GenerationRequest, _Mapping]] = ..., replica_id: _Optional[str] = ..., revision: _Optional[str] = ..., generated_prefix: _Optional[_Iterable[_Union[TokenPrefix, _Mapping]]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits: _Optional[int] = ..., coalesce_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., fencing_token: _Optional[_Union[_common_pb2.FencingToken, _Mapping]] = ...) -> None: ...
+    choice: int
+    def __init__(self, stream_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request: _Optional[_Union[_generation_pb2.GenerationRequest, _Mapping]] = ..., replica_id: _Optional[str] = ..., revision: _Optional[str] = ..., generated_prefix: _Optional[_Iterable[_Union[TokenPrefix, _Mapping]]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits: _Optional[int] = ..., coalesce_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., fencing_token: _Optional[_Union[_common_pb2.FencingToken, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
     __slots__ = ("submission",)
@@ -108,7 +110,7 @@ class ChunkDetail(_message.Message):
     def __init__(self, row: _Optional[int] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_generation_pb2.Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_pb2.TokenLogprob, _Mapping]]] = ..., tool_calls: _Optional[_Iterable[_Union[_generation_pb2.ToolCallDelta, _Mapping]]] = ..., reasoning: _Optional[str] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., stop_sequence: _Optional[str] = ...) -> None: ...
 
 class ChunkFrame(_message.Message):
-    __slots__ = ("stream_ids", "indexes", "token_ids", "texts", "token_counts", "epochs", "choices", "details")
+    __slots__ = ("stream_ids", "indexes", "token_ids", "texts", "token_counts", "epochs", "choices", "details", "admitted_ids", "admitted_input_tokens")
     STREAM_IDS_FIELD_NUMBER: _ClassVar[int]
     INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +119,8 @@ class ChunkFrame(_message.Message):
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     DETAILS_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     stream_ids: _containers.RepeatedScalarFieldContainer[int]
     indexes: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -125,7 +129,9 @@ class ChunkFrame(_message.Message):
     epochs: _containers.RepeatedScalarFieldContainer[int]
     choices: _containers.RepeatedScalarFieldContainer[int]
     details: _containers.RepeatedCompositeFieldContainer[ChunkDetail]
-    def __init__(self, stream_ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., token_counts: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[int]] = ..., details: _Optional[_Iterable[_Union[ChunkDetail, _Mapping]]] = ...) -> None: ...
+    admitted_ids: _containers.RepeatedScalarFieldContainer[int]
+    admitted_input_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stream_ids: _Optional[_Iterable[int]] = ..., indexes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., token_counts: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[int]] = ..., details: _Optional[_Iterable[_Union[ChunkDetail, _Mapping]]] = ..., admitted_ids: _Optional[_Iterable[int]] = ..., admitted_input_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionHello(_message.Message):
     __slots__ = ("gateway_id", "protocol_version")
@@ -136,14 +142,16 @@ class SessionHello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class SessionWelcome(_message.Message):
-    __slots__ = ("engine_id", "boot_id", "protocol_version")
+    __slots__ = ("engine_id", "boot_id", "protocol_version", "answers_pings")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_PINGS_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     boot_id: str
     protocol_version: int
-    def __init__(self, engine_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    answers_pings: bool
+    def __init__(self, engine_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., answers_pings: bool = ...) -> None: ...
 
 class Cancellation(_message.Message):
     __slots__ = ("stream_id", "epoch")
@@ -162,26 +170,30 @@ class CreditGrant(_message.Message):
     def __init__(self, stream_id: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "submissions", "cancellations", "credits")
+    __slots__ = ("hello", "submissions", "cancellations", "credits", "ping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
     CANCELLATIONS_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
     hello: SessionHello
     submissions: _containers.RepeatedCompositeFieldContainer[Submission]
     cancellations: _containers.RepeatedCompositeFieldContainer[Cancellation]
     credits: _containers.RepeatedCompositeFieldContainer[CreditGrant]
-    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., submissions: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., cancellations: _Optional[_Iterable[_Union[Cancellation, _Mapping]]] = ..., credits: _Optional[_Iterable[_Union[CreditGrant, _Mapping]]] = ...) -> None: ...
+    ping: int
+    def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., submissions: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., cancellations: _Optional[_Iterable[_Union[Cancellation, _Mapping]]] = ..., credits: _Optional[_Iterable[_Union[CreditGrant, _Mapping]]] = ..., ping: _Optional[int] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("welcome", "frame", "draining")
+    __slots__ = ("welcome", "frame", "draining", "pong")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
     welcome: SessionWelcome
     frame: ChunkFrame
     draining: bool
-    def __init__(self, welcome: _Optional[_Union[SessionWelcome, _Mapping]] = ..., frame: _Optional[_Union[ChunkFrame, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    pong: int
+    def __init__(self, welcome: _Optional[_Union[SessionWelcome, _Mapping]] = ..., frame: _Optional[_Union[ChunkFrame, _Mapping]] = ..., draining: bool = ..., pong: _Optional[int] = ...) -> None: ...
 
 class GetEngineRequest(_message.Message):
     __slots__ = ()
