@@ -1,0 +1,45 @@
+"""The table of names: metrics and span attributes. A new one is added here first."""
+
+from __future__ import annotations
+
+#: Metrics, by name: (unit, description). Everything that a service measures stands here.
+METRICS: dict[str, tuple[str, str]] = {
+    "inference_requests_total": ("", "Requests that ended, by deployment and outcome (ok, cancelled or the error's reason)"),
+    "inference_requests_in_flight": ("", "Requests that are being answered, by deployment"),
+    "inference_tokens_in_total": ("", "Prompt tokens, by deployment"),
+    "inference_tokens_out_total": ("", "Generated tokens, by deployment"),
+    "inference_cost_usd_total": ("", "Cost in US dollars, by deployment"),
+    "gen_ai_server_time_to_first_token_seconds": ("s", "From acceptance to the first token, by deployment"),
+    "gen_ai_server_time_per_output_token_seconds": ("s", "Mean time between tokens of a request, by deployment"),
+    "gen_ai_server_request_duration_seconds": ("s", "From acceptance to the end, by deployment"),
+    "inference_queue_seconds": ("s", "From admission to the first step, by deployment"),
+    "inference_cancel_to_stop_seconds": ("s", "From a cancellation to the step that no longer holds the request"),
+    "inference_route_table_revision": ("", "Revision of the routing table in use"),
+    "inference_route_table_age_seconds": ("s", "Time since the routing table was last confirmed"),
+    "inference_sessions": ("", "Open sessions between gateways and engines"),
+    "inference_frames_dropped_total": ("", "Chunks that were dropped, by cause (old epoch, duplicate, gap)"),
+    "inference_resumptions_total": ("", "Broken answers, by deployment and outcome (resumed: went on elsewhere; failed)"),
+    "inference_usage_records_lost_total": ("", "Usage records dropped because the metrics service was away for too long"),
+    "inference_running": ("", "Requests that run on a replica"),
+    "inference_queued": ("", "Requests that wait at a replica"),
+    "inference_kv_use": ("", "Share of a replica's KV cache in use"),
+    "inference_context_restarts_total": ("", "Context restarts, by deployment and cause"),
+    "inference_step_seconds": ("s", "Duration of one engine step, by deployment"),
+    "inference_leader": ("", "1 while this process leads its role"),
+    "inference_leader_terms_total": ("", "Terms that this process began"),
+    "inference_store_refused": ("", "1 while etcd is not the store that was followed, and waits to be acknowledged"),
+    "inference_watch_restarts_total": ("", "Watches that had to be re-listed"),
+    "inference_replicas": ("", "Replicas by deployment and state"),
+    "inference_rpc_seconds": ("s", "Duration of a unary call, by method"),
+}
+
+#: Span attributes of the GenAI conventions.
+ATTR_OPERATION = "gen_ai.operation.name"
+ATTR_MODEL = "gen_ai.request.model"
+ATTR_SYSTEM = "gen_ai.provider.name"
+ATTR_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+ATTR_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+ATTR_FINISH = "gen_ai.response.finish_reasons"
+ATTR_REQUEST_ID = "inference.request_id"
+ATTR_REPLICA = "inference.replica_id"
+ATTR_RESUMPTIONS = "inference.resumptions"
