@@ -27,6 +27,7 @@ from inference_runtime.runner import (
     StepRequest,
     TransportKind,
 )
+from inference_runtime.runners.scripted_faults import StepFaults
 
 __all__ = ["RUNTIME", "ScriptedCodec", "ScriptedOptions", "ScriptedRunner", "ScriptedRuntime", "scripted_tokens"]
 
@@ -80,6 +81,8 @@ class ScriptedOptions:
         hang_at_step: Stop making progress in this step. 0: never.
         hang_s: How long that lasts, seconds.
         oom_at_step: Run out of memory in this step. 0: never.
+        oom_prompt_tokens: Run out of memory in each step that would give tokens to a prompt with more tokens than this. 0: never.
+        faults_file: File in which somebody outside says which process hangs or is slow (scripted_faults.py). "": none.
         load_s: Time that loading takes, seconds.
         load_fails: Loading fails with BadRequest.
     """
@@ -98,6 +101,8 @@ class ScriptedOptions:
     hang_at_step: int = 0
     hang_s: float = 3600.0
     oom_at_step: int = 0
+    oom_prompt_tokens: int = 0
+    faults_file: str = ""
     load_s: float = 0.0
     load_fails: bool = False
 
@@ -227,7 +232,7 @@ _lives = _Lives()
 class _Sequence:
     """One sequence: where it stands and where it ends."""
 
-    __slots__ = ("finish", "left", "poisonous", "ready_at", "stop_ids", "tokens")
+    __slots__ = ("finish", "huge", "left", "poisonous", "ready_at", "stop_ids", "tokens")
 
     def __init__(self, request: StepRequest, options: ScriptedOptions, context_tokens: int, now: float) -> None:
         sampling, done = request.sampling, len(request.generated_prefix)
@@ -241,6 +246,7 @@ class _Sequence:
         self.tokens = scripted_tokens(request.prompt_token_ids, sampling.seed or 0, request.choice, done)
         self.ready_at = now + options.first_token_delay_s
         self.stop_ids = frozenset(sampling.stop_token_ids)
+        self.huge = 0 < options.oom_prompt_tokens < len(request.prompt_token_ids)
         poison = options.poison_on.encode()
         self.poisonous = bool(poison) and poison in bytes(t for t in request.prompt_token_ids if t < FIRST_WORD)
 
@@ -255,6 +261,7 @@ class ScriptedRunner:
         self._sequences: dict[int, _Sequence] = {}
         self._steps = self._admitted = self._tokens = 0
         self._next_step_at = 0.0
+        self._told = StepFaults(self._options.faults_file) if self._options.faults_file else None
 
     def load(self, report: Callable[[LoadProgress], None]) -> RunnerInfo:
         """Take `load_s`, then work or fail as the options say."""
@@ -333,8 +340,9 @@ class ScriptedRunner:
 
     def _pass_time(self) -> float:
         """Sleep until this step is over, and return the time. A step that is late by less than one keeps the rhythm."""
+        pace_s = self._options.pace_s * (self._told.factor() if self._told is not None else 1.0)
         now = time.monotonic()
-        self._next_step_at = max(self._next_step_at + self._options.pace_s, now)
+        self._next_step_at = max(self._next_step_at + pace_s, now)
         if self._options.first_token_delay_s and not self._options.pace_s:
             first = min(s.ready_at for s in self._sequences.values())
             self._next_step_at = max(now, min(first, now + MAX_IDLE_S))
@@ -361,6 +369,8 @@ class ScriptedRunner:
             raise ContextPoisoned("the scripted context is poisoned (poison_at_step, poison_at_token)")
         if o.poison_on and any(s.poisonous and s.ready_at <= now for s in self._sequences.values()):
             raise ContextPoisoned("the scripted context is poisoned by a prompt (poison_on)")
+        if o.oom_prompt_tokens and any(s.huge and s.ready_at <= now for s in self._sequences.values()):
+            raise OutOfMemoryError("the scripted device is out of memory by a prompt (oom_prompt_tokens)")
         if self._steps == o.oom_at_step:
             raise OutOfMemoryError("the scripted device is out of memory (oom_at_step)")
         if self._steps == o.hang_at_step:

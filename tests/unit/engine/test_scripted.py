@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from inference_runtime.errors import BadRequest, ContextPoisoned, ServerError, U
 from inference_runtime.generation import FinishReason, Media, Message, Role, SamplingParams
 from inference_runtime.runner import RunnerConfig, StepOutput, StepRequest, load_runtime
 from inference_runtime.runners.scripted import FIRST_WORD, RUNTIME, VOCAB_SIZE, ScriptedCodec, ScriptedRunner, scripted_tokens
+from inference_runtime.runners.scripted_faults import HANG, confirmed, slow, write_orders
 from inference_runtime.supervision import Directive, Fault, decide
 from inference_runtime.testing.scripted import expected_text, expected_tokens, user_says
 
@@ -187,6 +192,50 @@ def test_running_out_of_memory_is_known_by_its_class() -> None:
     with pytest.raises(RuntimeError) as caught:
         subject.step()
     assert decide(Fault.of(caught.value)).directive is Directive.RESUME
+
+
+def test_a_prompt_that_is_too_large_runs_out_of_memory_each_time_and_others_do_not() -> None:
+    """R-07: it is the prompt's doing, in every batch that it is part of."""
+    subject = runner(oom_prompt_tokens=4)
+    subject.admit(request(1, "1234"))
+    assert len(subject.step()) == 1
+    subject.admit(request(2, "12345"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as caught:
+            subject.step()
+        assert decide(Fault.of(caught.value)).directive is Directive.RESUME
+    subject.abort(2)
+    assert len(subject.step()) == 1
+
+
+def test_a_process_is_told_to_be_slow_and_to_hang_while_it_runs(tmp_path: Path) -> None:
+    """R-06, R-08: it confirms what it has, for as long as it has it, and others are not concerned."""
+    told, pid = tmp_path / "faults", os.getpid()
+    subject = runner(faults_file=str(told), pace_s=0.01)
+    subject.admit(request(1))
+
+    def step() -> float:
+        begin = time.monotonic()
+        assert len(subject.step()) == 1
+        return time.monotonic() - begin
+
+    write_orders(told, {pid + 1: HANG})
+    step()
+    assert confirmed(told, pid) == ""
+    write_orders(told, {pid: slow(20)})
+    assert step() >= 0.2 - 0.01
+    assert confirmed(told, pid) == "slow 20"
+
+    write_orders(told, {pid: HANG})
+    with ThreadPoolExecutor(1) as thread:
+        stepping = thread.submit(step)
+        deadline = time.monotonic() + 10
+        while confirmed(told, pid) != HANG:
+            assert time.monotonic() < deadline
+        assert not stepping.done()
+        write_orders(told, {})
+        stepping.result(10)
+    assert confirmed(told, pid) == ""
 
 
 def test_media_are_refused() -> None:
