@@ -29,7 +29,7 @@ async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
     async with etcd, Registration(etcd, ttl_s=settings.etcd.lease_ttl_s) as records:  # the lease is revoked last
         engine, leaders = engine_record(settings), LeaderObserver(etcd, "coordinator")
         node = Node(etcd, records, engine)
-        replicas = Replicas(engine, settings, telemetry, publish=node.publish, withdraw=node.withdraw)
+        replicas = Replicas(engine, settings, telemetry, publish=node.publish, withdraw=node.withdraw, hang_s=settings.hang_s)
         service = EngineService(replicas, settings.session_buffer_chunks, telemetry.metrics.gauge("inference_sessions"))
         loads = LoadReporter(replicas, leaders, settings.load_interval_s, settings.load_refresh_s)
         server = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)

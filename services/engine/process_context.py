@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 from collections import deque
@@ -311,13 +312,15 @@ class ProcessContext:
         if now - self._checked_s > 2 * period + 0.1:  # this loop was away itself: what came meanwhile is not read yet
             self._heard_s = self._moved_s = now
         self._checked_s = now
-        patience = LOADING_PATIENCE if self._phase is StepPhase.LOADING else 1.0
-        if now - self._heard_s > patience * self._hang_limit():
+        limit = self._hang_limit()
+        heard_until = self._heard_s + limit * (LOADING_PATIENCE if self._phase is StepPhase.LOADING else 1.0)
+        moved_until = self._moved_s + limit if self._phase is StepPhase.STEPPING else math.inf
+        if now >= heard_until:
             self._end_hang(Loss.HEARTBEAT)
-        elif self._phase is StepPhase.STEPPING and now - self._moved_s > self._hang_limit():
+        elif now >= moved_until:
             self._end_hang(Loss.HANG)
         else:
-            self._later(period, self._check)
+            self._later(min(period, heard_until - now, moved_until - now), self._check)
 
     def _hang_limit(self) -> float:
         if not self._durations:

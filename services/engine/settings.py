@@ -29,6 +29,9 @@ class EngineSettings(ServiceSettings):
     load_interval_s: float = Field(default=0.25, gt=0, description="seconds between two load reports while load changes")
     load_refresh_s: float = Field(default=2.0, gt=0, description="seconds between two load reports while it does not")
     tokenise_threads: int = Field(default=2, ge=1, le=64, description="threads that tokenise long prompts")
+    hang_s: float = Field(
+        default=30.0, gt=0, description="least seconds without a step after which a context in a process of its own is killed"
+    )
     session_buffer_chunks: int = Field(
         default=65_536, ge=1, description="chunks that may wait for the reader of one session before the session is ended"
     )
