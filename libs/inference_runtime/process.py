@@ -14,11 +14,11 @@ from typing import Protocol, TypeVar
 
 import uvloop
 
-from inference_runtime.coordination import Candidate, Election, EtcdClient, LeaderObserver, Term
+from inference_runtime.coordination import Candidate, Election, EtcdClient, LeaderObserver, StoreGuard, StoreMark, Term
 from inference_runtime.errors import InferenceError
 from inference_runtime.rpc import RpcServer
 from inference_runtime.settings import EtcdSettings, ServiceSettings, SettingsError, load_settings
-from inference_runtime.telemetry import Telemetry, get_logger, setup_telemetry
+from inference_runtime.telemetry import MetricSet, Telemetry, get_logger, setup_telemetry
 
 __all__ = ["Singleton", "etcd_client", "run_service", "serve_singleton", "speak", "stop_signal"]
 
@@ -27,8 +27,16 @@ log = get_logger(__name__)
 S = TypeVar("S", bound=ServiceSettings)
 
 
-def etcd_client(settings: EtcdSettings) -> EtcdClient:
-    """The client that the settings describe, not yet connected."""
+def etcd_client(settings: EtcdSettings, metrics: MetricSet, mark: StoreMark | None = None) -> EtcdClient:
+    """The client of a service, not yet connected. It follows one store and refuses every other until an operator acknowledges it.
+
+    Args:
+        settings: Where etcd is.
+        metrics: Where a refusal is published.
+        mark: The store that an earlier life of this service followed, where it wrote that down.
+    """
+    refused = metrics.gauge("inference_store_refused")
+    refused.set(0)
     return EtcdClient(
         settings.endpoints,
         username=settings.username,
@@ -36,6 +44,8 @@ def etcd_client(settings: EtcdSettings) -> EtcdClient:
         ca_file=settings.ca_file,
         cert_file=settings.cert_file,
         key_file=settings.key_file,
+        guard=StoreGuard(mark),
+        on_store=lambda refusal: refused.set(bool(refusal)),
     )
 
 
@@ -108,7 +118,7 @@ async def serve_singleton(
     The stop has an order: not serving, resign (the next leader begins, and callers can be told who it is), let calls end.
     """
     stop = stop_signal()
-    async with etcd_client(settings.etcd) as etcd:
+    async with etcd_client(settings.etcd, telemetry.metrics) as etcd:
         leaders = LeaderObserver(etcd, role)
         service = make(etcd, leaders)
         server = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)

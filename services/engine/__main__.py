@@ -25,7 +25,7 @@ GRACE_S = 1.0
 async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
     """Run one engine until SIGTERM or SIGINT."""
     stop = stop_signal()
-    etcd = etcd_client(settings.etcd)
+    etcd = etcd_client(settings.etcd, telemetry.metrics)
     async with etcd, Registration(etcd, ttl_s=settings.etcd.lease_ttl_s) as records:  # the lease is revoked last
         engine, leaders = engine_record(settings), LeaderObserver(etcd, "coordinator")
         node = Node(etcd, records, engine)

@@ -5,27 +5,43 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+from pathlib import Path
 
 import uvloop
 
+from inference_runtime.coordination import EtcdUnavailable
 from inference_runtime.coordination.election import LeaderObserver
 from inference_runtime.process import etcd_client, speak, stop_signal
 from inference_runtime.settings import load_settings
-from inference_runtime.telemetry import Telemetry, setup_telemetry
+from inference_runtime.telemetry import Telemetry, get_logger, setup_telemetry
 from services.gateway.http.server import listen
 from services.gateway.parent import parent_gone, run_workers
 from services.gateway.settings import GatewaySettings, check_exposure
+from services.gateway.table_store import TableStore
 from services.gateway.worker import GatewayWorker
+
+log = get_logger(__name__)
 
 
 async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
     """Run one worker until SIGTERM, SIGINT or the end of its parent."""
     stop = stop_signal()
     sock = listen(settings.http.host, settings.http.port, shared=settings.parent_fd >= 0)
-    async with etcd_client(settings.etcd) as etcd:
-        await etcd.connect()
+    store = TableStore(Path(settings.state_dir).expanduser(), settings.etcd.endpoints) if settings.state_dir else None
+    stored = await asyncio.to_thread(store.load) if store is not None else None
+    async with contextlib.AsyncExitStack() as stack:
+        etcd = etcd_client(settings.etcd, telemetry.metrics, stored.mark if stored is not None else None)
+        stack.push_async_callback(etcd.close)
+        try:
+            await etcd.connect()
+        except EtcdUnavailable as err:
+            if stored is None:
+                raise
+            log.warning("serving with routes from disk: etcd is away or another", cause=err.message)
         coordinators, ledgers = LeaderObserver(etcd, "coordinator"), LeaderObserver(etcd, "metrics")
-        worker = GatewayWorker(settings, telemetry, coordinators, ledgers, sock)
+        worker = GatewayWorker(settings, telemetry, coordinators, ledgers, sock, etcd, store)
+        if stored is not None:
+            worker.table.apply(stored.table)
         async with asyncio.TaskGroup() as group:
             parts = (coordinators.run(), ledgers.run(), worker.run(), parent_gone(settings.parent_fd, stop))
             tasks = [group.create_task(part) for part in parts]

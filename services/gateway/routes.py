@@ -16,12 +16,14 @@ from typing import Generic, Protocol, TypeVar
 
 import grpc
 
+from inference_runtime.coordination import ACKNOWLEDGE, EtcdClient, StoreGuard
 from inference_runtime.errors import InferenceError, NotLeader, StaleLeader
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2, coordinator_service_pb2_grpc
 from inference_runtime.wire import seconds
 from services.gateway.outcomes import Outcomes
+from services.gateway.table_store import TableStore
 
 __all__ = ["Leader", "Leaders", "Link", "Route", "RouteTable", "RouteWatch", "Target", "choose"]
 
@@ -33,6 +35,8 @@ DEFAULT_TOTAL_TIMEOUT_S = 600.0
 #: Pauses between two tries to reach the coordinator, seconds: short at first, then bounded.
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
+#: A table that was confirmed within this time is live, seconds. An idle coordinator confirms it every 2 s by default.
+LIVE_S = 5.0
 
 
 class Link(Protocol):
@@ -222,14 +226,32 @@ def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> T
 
 
 class RouteWatch(Generic[L]):
-    """Keeps a table up to date from whoever leads the coordinators."""
+    """Keeps a table up to date from whoever leads the coordinators.
 
-    def __init__(self, table: RouteTable, leaders: Leaders[L], gateway_id: str, metrics: MetricSet) -> None:
-        self._table, self._leaders = table, leaders
+    Args:
+        table: The table.
+        leaders: Who leads the coordinators.
+        gateway_id: Says who asks.
+        metrics: Where revision and age are published.
+        etcd: Knows which store is followed; a table of another one is not taken. None takes every table.
+        store: Keeps the table on disk; None keeps it nowhere.
+    """
+
+    def __init__(
+        self,
+        table: RouteTable,
+        leaders: Leaders[L],
+        gateway_id: str,
+        metrics: MetricSet,
+        etcd: EtcdClient | None = None,
+        store: TableStore | None = None,
+    ) -> None:
+        self._table, self._leaders, self._etcd, self._store = table, leaders, etcd, store
         self._request = coordinator_service_pb2.WatchRoutesRequest(gateway_id=gateway_id)
         self._revision = metrics.gauge("inference_route_table_revision")
         self._age = metrics.gauge("inference_route_table_age_seconds")
         self._confirmed_at = 0.0
+        self._began_at = time.monotonic()
 
     async def run(self) -> None:
         """Watch until cancelled. Outages of coordinator and etcd only make the table old."""
@@ -256,7 +278,10 @@ class RouteWatch(Generic[L]):
                 guard = tasks.create_task(self._watch_leader(leader))
                 stub = coordinator_service_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
                 async for update in stub.WatchRoutes(self._request):
+                    await self._check_store(update.fencing_token)
                     self._table.apply(update)
+                    if self._store is not None:
+                        self._store.took(update, self._guard.mark if self._guard else None)
                     self._confirmed_at = time.monotonic()
                     self._revision.set(self._table.revision)
                 guard.cancel()
@@ -266,6 +291,23 @@ class RouteWatch(Generic[L]):
         finally:
             await channel.close(None)
 
+    @property
+    def _guard(self) -> StoreGuard | None:
+        return self._etcd.guard if self._etcd is not None else None
+
+    async def _check_store(self, token: common_pb2.FencingToken) -> None:
+        """Lets a table through when it comes from the store that is followed.
+
+        Raises:
+            StaleLeader: It does not, or etcd was replaced and nobody has acknowledged that: the routes stay as they are.
+        """
+        if self._etcd is None or self._guard is None:
+            return
+        if token.cluster_id != self._etcd.lineage:  # an acknowledgement that this process has not heard of, perhaps
+            await self._etcd.verify()
+        if self._guard.refusal or token.cluster_id != self._etcd.lineage:
+            raise StaleLeader("the routing table comes from another store than the one that is followed")
+
     async def _watch_leader(self, leader: L) -> None:
         seen: L | None = leader
         while True:
@@ -274,5 +316,26 @@ class RouteWatch(Generic[L]):
                 raise NotLeader("another coordinator leads by now", role="coordinator", address=seen.address)
 
     def show_age(self) -> None:
-        """Note how old the table is. While the coordinator answers, its stream confirms the table without a word."""
-        self._age.set(time.monotonic() - self._confirmed_at if self._confirmed_at else 0.0)
+        """Note how old the table is. While the coordinator answers, its stream confirms the table without a word. A table from disk
+        is at least as old as this process."""
+        since = self._confirmed_at or (self._began_at if self._table.known else 0.0)
+        self._age.set(time.monotonic() - since if since else 0.0)
+
+    @property
+    def source(self) -> str:
+        """Where the routes come from at present: "live"; "frozen", from a coordinator that is away; "from_disk", from an earlier
+        life of this gateway; "none"."""
+        if self._confirmed_at:
+            return "live" if time.monotonic() - self._confirmed_at <= LIVE_S else "frozen"
+        return "from_disk" if self._table.known else "none"
+
+    def warnings(self) -> list[str]:
+        """What an operator should know of the routes, in sentences. None of it fails a request."""
+        said = []
+        if self.source == "from_disk":
+            said.append("the routes come from disk: no coordinator has been reached since this gateway started")
+        elif self.source == "frozen":
+            said.append(f"the routes are {time.monotonic() - self._confirmed_at:.0f} s old: the coordinator does not answer")
+        if self._guard is not None and self._guard.refusal:
+            said.append(f"etcd is not the store that was followed: {self._guard.refusal}; {ACKNOWLEDGE}")
+        return said

@@ -60,6 +60,9 @@ class GatewaySettings(ServiceSettings):
     api_keys: SecretList = Field(default=[], description="keys clients may use; empty means open, on this machine only")
     insecure_allow_remote: bool = Field(default=False, description="allow other machines in without api_keys")
     drain_timeout_s: float = Field(default=30.0, ge=0, description="seconds that running requests get to end on SIGTERM")
+    state_dir: str = Field(
+        default="", description="directory of this gateway alone, where its routes outlive a restart; empty keeps none"
+    )
     ready_file: str = Field(default="", description='file that gets {"http": "host:port", "grpc": "host:port"} once it serves')
     parent_fd: int = Field(default=-1, description="set by a gateway for its workers: descriptor that closes when it is gone")
 

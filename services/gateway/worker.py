@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Generic
 
+from inference_runtime.coordination import EtcdClient
 from inference_runtime.rpc import RpcServer
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
@@ -22,6 +23,7 @@ from services.gateway.routes import L, Leaders, RouteTable, RouteWatch
 from services.gateway.service import GatewayService
 from services.gateway.sessions import SessionPool
 from services.gateway.settings import GatewaySettings, is_loopback
+from services.gateway.table_store import TableStore
 from services.gateway.usage import UsageReporter
 
 __all__ = ["GatewayWorker", "write_ready_file"]
@@ -46,6 +48,8 @@ class GatewayWorker(Generic[L]):
         coordinators: Who leads the coordinators.
         metrics_leaders: Who leads the metrics services.
         sock: The bound socket of the HTTP door. Closed at the end.
+        etcd: Knows which store is followed; None takes routes of any.
+        store: Keeps the routes on disk; None keeps them nowhere.
     """
 
     def __init__(
@@ -55,15 +59,17 @@ class GatewayWorker(Generic[L]):
         coordinators: Leaders[L],
         metrics_leaders: Leaders[L],
         sock: socket.socket,
+        etcd: EtcdClient | None = None,
+        store: TableStore | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings, self._store = settings, store
         metrics = telemetry.metrics
         gateway_id = f"{socket.gethostname()}-{os.getpid()}-{new_id()[:8]}"
         self.sessions = SessionPool(gateway_id, self._changed, metrics)
         self.table = RouteTable(self.sessions.link_to, self._changed)
         self.usage = UsageReporter(metrics_leaders, metrics)
         self.live = LiveRequests(self.table, settings.limits, self.usage, telemetry, settings.http.keepalive_s)
-        self._watch = RouteWatch(self.table, coordinators, gateway_id, metrics)
+        self._watch = RouteWatch(self.table, coordinators, gateway_id, metrics, etcd, store)
         keys = KeyRing(settings.api_keys)
         app = HttpApp(
             self.live, self.table, keys, metrics, int(time.time()), loopback_only=keys.open and is_loopback(settings.http.host)
@@ -96,6 +102,8 @@ class GatewayWorker(Generic[L]):
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.sessions.run(), name="sessions")
             tasks.create_task(self._watch.run(), name="routes")
+            if self._store is not None:
+                tasks.create_task(self._store.run(), name="routes.disk")
             tasks.create_task(self.live.run(), name="requests")
             tasks.create_task(self.http.run(), name="http")
             tasks.create_task(self.usage.run(), name="usage")

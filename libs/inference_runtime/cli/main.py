@@ -186,6 +186,24 @@ def chat(
         converse(options, sys.stdout)
 
 
+@cli.command("acknowledge-store")
+@click.option("--allow-empty", is_flag=True, help="Also when it holds no deployment: that takes every route away.")
+@_etcd
+@_state_dir
+def acknowledge_store(allow_empty: bool, etcd: str, state_dir: Path | None) -> None:
+    """Follow the etcd that answers from now on, although it was wiped, replaced or restored from an older state."""
+    from inference_runtime.cli.store import acknowledge
+    from inference_runtime.coordination import EtcdClient
+
+    async def work() -> str:
+        async with EtcdClient(locate(etcd, state_dir).etcd) as client:
+            done = await acknowledge(client, allow_empty=allow_empty)
+        held = f"{done.deployments} deployments, {done.assignments} assignments, revision {done.revision}"
+        return f"store {done.store_id[:8]} is followed from now on: {held}"
+
+    click.echo(asyncio.run(work()))
+
+
 # --- the program -----------------------------------------------------------------------------------------------------
 
 

@@ -13,15 +13,18 @@ from inference_runtime.coordination.errors import (
     EtcdOutcomeUnknown,
     EtcdUnavailable,
     LeaseLost,
+    StoreReplaced,
 )
 from inference_runtime.coordination.etcd import EtcdClient, Grant
 from inference_runtime.coordination.fencing import Fence, FencingToken, LeaderInfo
+from inference_runtime.coordination.identity import ACKNOWLEDGE, StoreGuard, StoreMark, StoreRecord
 from inference_runtime.coordination.kv import Compare, KeyValue, Op, OpResult, TxnResult
 from inference_runtime.coordination.lease import DEFAULT_TTL_S, Lease
 from inference_runtime.coordination.registry import Registration
 from inference_runtime.coordination.watch import PrefixWatch, WatchBatch, watch_prefix
 
 __all__ = [
+    "ACKNOWLEDGE",
     "DEFAULT_TTL_S",
     "Candidate",
     "Compacted",
@@ -44,6 +47,10 @@ __all__ = [
     "OpResult",
     "PrefixWatch",
     "Registration",
+    "StoreGuard",
+    "StoreMark",
+    "StoreRecord",
+    "StoreReplaced",
     "Term",
     "TxnResult",
     "WatchBatch",

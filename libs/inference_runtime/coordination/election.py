@@ -11,6 +11,7 @@ it believes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -182,7 +183,8 @@ class Election:
         with guarded(self._role, lease):
             self._term = term
             try:
-                await _until_lost(lease, self._lead(term, lead), self._deposed(term, lease), name=f"term.{self._role}")
+                beside = self._deposed(term, lease), self._moved(term, lease)
+                await _until_lost(lease, self._lead(term, lead), *beside, name=f"term.{self._role}")
             finally:
                 self._term = None
                 log.info("term ended", role=self._role, term=term.token.revision, lost=not lease.valid())
@@ -207,7 +209,7 @@ class Election:
             if not older and not lease.valid():
                 raise LeaseLost("The lease ran out on the way into office.")
             if not older:
-                token = FencingToken(self._role, self._client.cluster_id, mine)
+                token = FencingToken(self._role, self._client.lineage, mine)
                 return Term(token, self._key, self._candidate, self._client, lease)
             await self._gone(max(older, key=lambda kv: kv.create_revision))
 
@@ -247,6 +249,18 @@ class Election:
         async with PrefixWatch(self._client, term.leader_key, exact=True) as watch:
             async for batch in watch:
                 if batch.deletes or not any(put.create_revision == term.token.revision for put in batch.puts):
+                    lease.end()
+                    return
+
+    async def _moved(self, term: Term, lease: Lease) -> None:
+        """Ends the lease when an operator acknowledged the store anew: tokens of before and after cannot be compared."""
+        if self._client.guard is None or self._client.guard.mark is None:
+            return
+        async with PrefixWatch(self._client, keys.STORE, exact=True) as watch:
+            async for _ in watch:
+                with contextlib.suppress(EtcdUnavailable):  # of a refused store nothing can be written anyway
+                    await self._client.verify()
+                if self._client.lineage != term.token.cluster_id:
                     lease.end()
                     return
 

@@ -11,6 +11,7 @@ __all__ = [
     "EtcdOutcomeUnknown",
     "EtcdUnavailable",
     "LeaseLost",
+    "StoreReplaced",
 ]
 
 
@@ -35,6 +36,13 @@ class EtcdOutcomeUnknown(EtcdUnavailable):
 
     reason = "ETCD_OUTCOME_UNKNOWN"
     retry = Retry.NEVER
+
+
+class StoreReplaced(EtcdUnavailable):
+    """etcd answers, and it is not the store that was followed: wiped, restored from an older state, or another one. Nothing was
+    sent. To whoever waits for etcd it is an etcd that is away, until an operator acknowledges it."""
+
+    reason = "STORE_REPLACED"
 
 
 class EtcdDenied(EtcdError):

@@ -1,14 +1,15 @@
-"""The asyncio client of etcd: the only importer of etcd's messages, and the only place here that knows gRPC.
+"""The asyncio client of etcd. Its parts, `etcd_*.py`, are the only importers of etcd's messages, and know gRPC; nobody else does.
 
 Callers are the other modules of this package and the services' stores. It promises: finite deadlines on every call, typed errors,
-fail-over between endpoints, and that only calls which may safely be repeated are repeated.
+fail-over between endpoints, that only calls which may safely be repeated are repeated, and, with a guard, that nothing is read
+from or written to a store other than the one that is followed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,18 +25,12 @@ from inference_runtime.coordination.errors import (
     EtcdUnavailable,
     LeaseLost,
 )
-from inference_runtime.coordination.etcd_api import kv_pb2, rpc_pb2
-from inference_runtime.coordination.kv import (
-    Compare,
-    CompareTarget,
-    Event,
-    KeyValue,
-    Op,
-    OpKind,
-    OpResult,
-    TxnResult,
-    prefix_end,
-)
+from inference_runtime.coordination.etcd_api import rpc_pb2
+from inference_runtime.coordination.etcd_codec import address_of, compare_proto, key_value, op_proto, op_result
+from inference_runtime.coordination.etcd_streams import KeepAliveStream, WatchStream
+from inference_runtime.coordination.etcd_verifier import Verifier
+from inference_runtime.coordination.identity import StoreGuard
+from inference_runtime.coordination.kv import Compare, KeyValue, Op, OpKind, TxnResult, WatchUpdate, prefix_end
 from inference_runtime.errors import BadRequest
 from inference_runtime.secret import SecretStr
 
@@ -62,17 +57,8 @@ _OPTIONS: list[tuple[str, int]] = [
 
 _T = TypeVar("_T")
 
-_EOF = grpc.aio.EOF  # type: ignore[attr-defined]
-
 _AUTH_STALE = ("invalid auth token", "revision of auth store is old")
 _TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-
-_COMPARE_RESULT = {
-    "==": rpc_pb2.Compare.EQUAL,
-    "!=": rpc_pb2.Compare.NOT_EQUAL,
-    "<": rpc_pb2.Compare.LESS,
-    ">": rpc_pb2.Compare.GREATER,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +67,6 @@ class Grant:
 
     lease_id: int
     ttl_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class WatchUpdate:
-    """One answer on a watch stream. `revision` is the store's revision at that time; `events` never split a revision."""
-
-    revision: int
-    cluster_id: int
-    events: tuple[Event, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +88,11 @@ _TIME_TO_LIVE = _Unary("/etcdserverpb.Lease/LeaseTimeToLive", rpc_pb2.LeaseTimeT
 _STATUS = _Unary("/etcdserverpb.Maintenance/Status", rpc_pb2.StatusResponse)
 _AUTHENTICATE = _Unary("/etcdserverpb.Auth/Authenticate", rpc_pb2.AuthenticateResponse)
 
+#: Calls that etcd answers as of the present, whichever member is asked: their revisions never fall.
+_LINEARIZABLE = frozenset((_RANGE, _PUT, _DELETE, _TXN))
+#: Calls that say nothing about the store's content.
+_UNGUARDED = frozenset((_STATUS, _AUTHENTICATE))
+
 
 class EtcdClient:
     """A client of one etcd cluster, for one event loop. Safe for any number of tasks; connects lazily; close it when done.
@@ -124,6 +106,8 @@ class EtcdClient:
         cert_file: PEM file of our own certificate, for mutual TLS.
         key_file: PEM file of our own key.
         timeout_s: Deadline of one attempt, seconds. Reads try at least twice, and each endpoint once.
+        guard: Knows which store is followed; every other is refused with StoreReplaced. None follows whatever answers: for tools.
+        on_store: Called with `guard.refusal` when that has changed.
     """
 
     def __init__(
@@ -136,10 +120,12 @@ class EtcdClient:
         cert_file: str = "",
         key_file: str = "",
         timeout_s: float = 1.0,
+        guard: StoreGuard | None = None,
+        on_store: Callable[[str], None] = lambda refusal: None,
     ) -> None:
         if not endpoints:
             raise BadRequest("etcd needs at least one endpoint, for example 127.0.0.1:2379.", param="endpoints")
-        self._addresses = [_address(e) for e in endpoints]
+        self._addresses = [address_of(e) for e in endpoints]
         self._tls = bool(ca_file or cert_file or key_file) or any(e.startswith("https://") for e in endpoints)
         self._tls_files = (ca_file, cert_file, key_file)
         self._username = username
@@ -148,6 +134,7 @@ class EtcdClient:
         self._token = ""
         self._token_lock = asyncio.Lock()
         self._cluster_id = 0
+        self._verifier = Verifier(self, guard, on_store) if guard is not None else None
         self._closed = False
         self._channels: list[grpc.aio.Channel] = []
         self._order: list[int] = list(range(len(endpoints)))
@@ -159,14 +146,27 @@ class EtcdClient:
 
         Raises:
             EtcdUnavailable: No endpoint answered within the deadline; one sentence that names them.
+            StoreReplaced: It is not the store that the guard follows.
             EtcdDenied: The user, password or certificate was refused.
         """
         await self._unary(_STATUS, rpc_pb2.StatusRequest(), idempotent=True)
+        await self.verify()
 
     @property
     def cluster_id(self) -> int:
         """The cluster's id as of the latest answer (uint64); 0 before the first."""
         return self._cluster_id
+
+    @property
+    def guard(self) -> StoreGuard | None:
+        """Knows which store is followed; None for a client that follows any."""
+        return self._verifier.guard if self._verifier is not None else None
+
+    @property
+    def lineage(self) -> int:
+        """The number of the store that is followed, for fencing tokens: one number, one history of revisions. Without a guard, or
+        in a store without an id, etcd's cluster id."""
+        return (self.guard.lineage if self.guard else 0) or self._cluster_id
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -195,7 +195,7 @@ class EtcdClient:
     async def get_at(self, key: str) -> tuple[KeyValue | None, int]:
         """As `get`, with the store's revision at that moment: watch from the revision + 1 to miss nothing."""
         response = await self._unary(_RANGE, rpc_pb2.RangeRequest(key=key.encode()), idempotent=True)
-        return (_key_value(response.kvs[0]) if response.kvs else None), response.header.revision
+        return (key_value(response.kvs[0]) if response.kvs else None), response.header.revision
 
     async def list(self, prefix: str) -> tuple[list[KeyValue], int]:
         """All keys with this prefix, in key order, as they were together at one revision; and that revision.
@@ -207,7 +207,7 @@ class EtcdClient:
         while True:
             request = rpc_pb2.RangeRequest(key=key, range_end=end, revision=revision, limit=PAGE_KEYS)
             response = await self._unary(_RANGE, request, idempotent=True)
-            found += [_key_value(kv) for kv in response.kvs]
+            found += [key_value(kv) for kv in response.kvs]
             revision = revision or response.header.revision
             if not response.more:
                 return found, revision
@@ -244,7 +244,9 @@ class EtcdClient:
             LeaseLost: A put names a lease that is gone.
         """
         request = rpc_pb2.TxnRequest(
-            compare=[_compare(c) for c in compare], success=[_op(o) for o in success], failure=[_op(o) for o in failure]
+            compare=[compare_proto(c) for c in compare],
+            success=[op_proto(o) for o in success],
+            failure=[op_proto(o) for o in failure],
         )
         # A transaction without writes changes nothing and may be repeated.
         idempotent = all(o.kind is OpKind.GET for o in (*success, *failure))
@@ -253,7 +255,7 @@ class EtcdClient:
             succeeded=response.succeeded,
             revision=response.header.revision,
             cluster_id=response.header.cluster_id,
-            results=tuple(_op_result(r) for r in response.responses),
+            results=tuple(op_result(r) for r in response.responses),
         )
 
     async def compact(self, revision: int) -> None:
@@ -293,10 +295,36 @@ class EtcdClient:
         """A stream of changes to the prefix (or just the key) from `start_revision` on. `PrefixWatch` builds on it."""
         return WatchStream(self, key, start_revision, prefix=prefix)
 
+    async def verify(self) -> None:
+        """Looks whether this is the store that the guard follows. Does nothing without a guard.
+
+        Raises:
+            StoreReplaced: It is not.
+            EtcdUnavailable: Nobody said.
+        """
+        if self._verifier is not None:
+            await self._verifier.verify()
+
     # Calls
 
     async def _unary(self, method: _Unary, request: Any, *, idempotent: bool = False) -> Any:
-        """One call with fail-over. Repeats it only if `idempotent`, or if etcd refused it for a stale token before running it."""
+        """One call with fail-over, kept away from a store that is not followed. Repeats it only if `idempotent`, or if etcd
+        refused it for a stale token before running it."""
+        verifier = self._verifier if method not in _UNGUARDED else None
+        if verifier is None:
+            return await self._call(method, request, idempotent=idempotent)
+        await verifier.admit()
+        before = verifier.guard.era, verifier.guard.revision
+        response = await self._call(method, request, idempotent=idempotent)
+        if method in _LINEARIZABLE:
+            await verifier.check(response.header.cluster_id, response.header.revision, before, written=not idempotent)
+        return response
+
+    async def _ask_unguarded(self, request: rpc_pb2.RangeRequest | rpc_pb2.TxnRequest) -> Any:
+        """For the verifier: a call that may be repeated, whatever store answers."""
+        return await self._call(_RANGE if isinstance(request, rpc_pb2.RangeRequest) else _TXN, request, idempotent=True)
+
+    async def _call(self, method: _Unary, request: Any, *, idempotent: bool) -> Any:
         attempts = max(2, len(self._addresses)) if idempotent else 1
         reauthenticated = False
         while True:
@@ -326,7 +354,8 @@ class EtcdClient:
 
     async def _open_stream(self, path: str, request: Any, response: Any) -> tuple[int, Any]:
         """A bidirectional stream on a connected endpoint, and that endpoint's index. The member must have a leader, so that a
-        stream on a partitioned member ends instead of hanging."""
+        stream on a partitioned member ends instead of hanging. Each new stream may have met another store."""
+        await self.verify()
         index, channel = await self._connected()
         metadata = (("hasleader", "true"), *await self._metadata())
         method: Any = channel.stream_stream(
@@ -391,7 +420,7 @@ class EtcdClient:
         async with self._token_lock:
             if not self._token:
                 request = rpc_pb2.AuthenticateRequest(name=self._username, password=self._password.reveal())
-                self._token = (await self._unary(_AUTHENTICATE, request, idempotent=True)).token
+                self._token = (await self._call(_AUTHENTICATE, request, idempotent=True)).token
             return (("token", self._token),)
 
     def _token_is_stale(self, details: str | None) -> bool:
@@ -441,190 +470,3 @@ class EtcdClient:
             who = f"user {self._username!r}" if self._username else "an anonymous client"
             raise EtcdDenied(f"etcd refused {who}: {details}.") from err
         raise EtcdError(f"etcd: {details or code.name}.") from err
-
-
-class _Stream:
-    """What keep-alive and watch share: one bidirectional call, dropped whole after any failure."""
-
-    def __init__(self, client: EtcdClient) -> None:
-        self._client = client
-        self._call: Any = None
-        self._index = 0
-
-    async def _open(self, path: str, request: Any, response: Any) -> None:
-        self._index, self._call = await self._client._open_stream(path, request, response)
-
-    async def _exchange(self, request: Any | None) -> Any:
-        """Writes the request, if any, and reads one answer. The stream is closed when this raises.
-
-        Raises:
-            EtcdError: Typed as for any call; EtcdUnavailable also when etcd ended the stream.
-        """
-        client, call = self._client, self._call
-        try:
-            if request is not None:
-                await client._own(call.write(request))
-            answer = await client._own(call.read())
-            if answer is _EOF:
-                self._failed()
-                raise EtcdUnavailable("etcd ended the stream.")
-        except grpc.aio.AioRpcError as err:
-            self._failed()
-            if client._token_is_stale(err.details()):
-                raise EtcdUnavailable("etcd wants a fresh token; the next attempt brings one.") from err
-            client._raise(err)
-        except asyncio.InvalidStateError as err:  # written to after etcd had ended the call
-            self._failed()
-            raise EtcdUnavailable("etcd ended the stream.") from err
-        except BaseException:
-            self._failed()
-            raise
-        client._cluster_id = answer.header.cluster_id or client._cluster_id
-        return answer
-
-    def _failed(self) -> None:
-        """Drops the call and prefers another endpoint for the next."""
-        if self._call is not None:
-            self._client._demote(self._index)
-        self.close()
-
-    def close(self) -> None:
-        """Ends the stream; the next use opens another."""
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
-
-
-class KeepAliveStream(_Stream):
-    """Renews one lease over one long-lived stream. For one task at a time."""
-
-    def __init__(self, client: EtcdClient, lease_id: int) -> None:
-        super().__init__(client)
-        self._lease_id = lease_id
-
-    async def renew(self, timeout_s: float) -> float:
-        """Renews the lease and returns its full time to live, seconds, counted by etcd from some moment after this call began.
-
-        Raises:
-            LeaseLost: The lease expired or was revoked.
-            EtcdUnavailable: No answer within `timeout_s`; the lease may or may not have been renewed.
-
-        On cancel: the stream is closed; the next renewal opens another.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                if self._call is None:
-                    await self._open(
-                        "/etcdserverpb.Lease/LeaseKeepAlive", rpc_pb2.LeaseKeepAliveRequest, rpc_pb2.LeaseKeepAliveResponse
-                    )
-                answer = await self._exchange(rpc_pb2.LeaseKeepAliveRequest(ID=self._lease_id))
-        except TimeoutError as err:
-            raise EtcdUnavailable(f"etcd did not renew a lease within {timeout_s:g} s.") from err
-        if answer.TTL <= 0:
-            raise LeaseLost("etcd does not know this lease: it expired or was revoked.")
-        return float(answer.TTL)
-
-
-class WatchStream(_Stream):
-    """Changes to one prefix or key from one revision on. For one task at a time; it does not reopen itself."""
-
-    def __init__(self, client: EtcdClient, key: str, start_revision: int, *, prefix: bool) -> None:
-        super().__init__(client)
-        self._request = rpc_pb2.WatchRequest(
-            create_request=rpc_pb2.WatchCreateRequest(
-                key=key.encode(), range_end=prefix_end(key.encode()) if prefix else b"", start_revision=start_revision
-            )
-        )
-
-    async def open(self) -> WatchUpdate:
-        """Starts the watch. The answer holds the store's current revision and no events.
-
-        Raises:
-            Compacted: The start revision is gone.
-            EtcdUnavailable: Not started within one deadline.
-        """
-        timeout_s = self._client._timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._open("/etcdserverpb.Watch/Watch", rpc_pb2.WatchRequest, rpc_pb2.WatchResponse)
-                answer = self._checked(await self._exchange(self._request))
-        except TimeoutError as err:
-            raise EtcdUnavailable(f"etcd did not start a watch within {timeout_s:g} s.") from err
-        if not answer.created:
-            self._failed()
-            raise EtcdError("etcd answered a watch request with something else.")
-        return _watch_update(answer)
-
-    async def read(self, timeout_s: float) -> WatchUpdate | None:
-        """The next update, or None, and a closed stream, when nothing came for `timeout_s`.
-
-        Raises:
-            Compacted: The watch fell behind what etcd keeps.
-            EtcdUnavailable: The stream ended.
-
-        On cancel: the stream is closed. Open another from the last revision seen + 1; nothing is lost.
-        """
-        try:
-            async with asyncio.timeout(timeout_s):
-                return _watch_update(self._checked(await self._exchange(None)))
-        except TimeoutError:
-            return None
-
-    def _checked(self, answer: Any) -> Any:
-        if not answer.canceled:
-            return answer
-        self.close()
-        if answer.compact_revision:
-            raise Compacted(f"etcd compacted this watch's history up to revision {answer.compact_revision}.")
-        if self._client._token_is_stale(answer.cancel_reason):
-            raise EtcdUnavailable("etcd wants a fresh token; the next attempt brings one.")
-        if "denied" in answer.cancel_reason:
-            raise EtcdDenied(f"etcd refused a watch: {answer.cancel_reason}.")
-        raise EtcdUnavailable(f"etcd cancelled a watch: {answer.cancel_reason or 'no reason given'}.")
-
-
-def _address(endpoint: str) -> str:
-    address = endpoint.removeprefix("http://").removeprefix("https://").rstrip("/")
-    host, colon, port = address.rpartition(":")
-    if not (address.startswith("unix:") or (host and colon and port.isdigit())):
-        raise BadRequest(f"The etcd endpoint {endpoint!r} is not host:port, for example 127.0.0.1:2379.", param="endpoints")
-    return address
-
-
-def _key_value(kv: kv_pb2.KeyValue) -> KeyValue:
-    return KeyValue(kv.key.decode(), kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
-
-
-def _watch_update(answer: rpc_pb2.WatchResponse) -> WatchUpdate:
-    events = tuple(Event(_key_value(e.kv), e.type == kv_pb2.Event.DELETE) for e in answer.events)
-    return WatchUpdate(answer.header.revision, answer.header.cluster_id, events)
-
-
-def _compare(compare: Compare) -> rpc_pb2.Compare:
-    made = rpc_pb2.Compare(key=compare.key.encode(), result=_COMPARE_RESULT[compare.op])
-    match compare.target:
-        case CompareTarget.CREATE_REVISION:
-            made.target, made.create_revision = rpc_pb2.Compare.CREATE, compare.number
-        case CompareTarget.MOD_REVISION:
-            made.target, made.mod_revision = rpc_pb2.Compare.MOD, compare.number
-        case CompareTarget.VERSION:
-            made.target, made.version = rpc_pb2.Compare.VERSION, compare.number
-    return made
-
-
-def _op(op: Op) -> rpc_pb2.RequestOp:
-    key = op.key.encode()
-    end = prefix_end(key) if op.prefix else b""
-    match op.kind:
-        case OpKind.PUT:
-            return rpc_pb2.RequestOp(request_put=rpc_pb2.PutRequest(key=key, value=op.value, lease=op.lease_id))
-        case OpKind.DELETE:
-            return rpc_pb2.RequestOp(request_delete_range=rpc_pb2.DeleteRangeRequest(key=key, range_end=end))
-        case OpKind.GET:
-            return rpc_pb2.RequestOp(request_range=rpc_pb2.RangeRequest(key=key, range_end=end))
-
-
-def _op_result(response: rpc_pb2.ResponseOp) -> OpResult:
-    return OpResult(
-        kvs=tuple(_key_value(kv) for kv in response.response_range.kvs), deleted=response.response_delete_range.deleted
-    )

@@ -13,6 +13,7 @@ __all__ = [
     "LIMITS",
     "REPLICAS",
     "ROOT",
+    "STORE",
     "api_key",
     "assignment",
     "assignments_of",
@@ -33,6 +34,8 @@ ENGINES = ROOT + "engines/"
 REPLICAS = ROOT + "replicas/"
 API_KEYS = ROOT + "keys/"
 LIMITS = ROOT + "limits/"
+#: The store's own id, see `identity`. One key, no prefix.
+STORE = ROOT + "store"
 
 
 def election_prefix(role: str) -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "OpKind",
     "OpResult",
     "TxnResult",
+    "WatchUpdate",
     "collapse",
     "difference",
     "prefix_end",
@@ -43,6 +44,15 @@ class Event:
 
     kv: KeyValue
     deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WatchUpdate:
+    """One answer on a watch stream. `revision` is the store's revision at that time; `events` never split a revision."""
+
+    revision: int
+    cluster_id: int
+    events: tuple[Event, ...]
 
 
 class CompareTarget(enum.Enum):

@@ -32,7 +32,7 @@ class WatchBatch:
 
     A snapshot replaces everything the reader knows; otherwise `puts` and `deletes` are applied to it. Each key is named at most
     once, and deletions only name keys that earlier batches put. A key that was deleted and written again is a put with a new
-    `create_revision`. Revisions never fall within a cluster.
+    `create_revision`. `cluster_id` is `EtcdClient.lineage`, the number of the store that was read; within one no revision falls.
     """
 
     snapshot: bool
@@ -66,6 +66,7 @@ class PrefixWatch:
         self._known: dict[str, int] = {}
         self._revision = 0
         self._cluster_id = 0
+        self._lineage = 0
         self._listed_at: float | None = None  # None: list before anything else
         self._relist_s = RELIST_S
         self._backoff = Backoff()
@@ -132,28 +133,30 @@ class PrefixWatch:
         self._known.update((kv.key, kv.mod_revision) for kv in puts)
         for key in deletes:
             del self._known[key]
-        return WatchBatch(False, self._revision, self._cluster_id, puts, deletes)
+        return WatchBatch(False, self._revision, self._lineage, puts, deletes)
 
     async def _list(self) -> WatchBatch | None:
+        await self._client.verify()
         if self._exact:
             kv, revision = await self._client.get_at(self._prefix)
             found = [kv] if kv else []
         else:
             found, revision = await self._client.list(self._prefix)
-        cluster_id = self._client.cluster_id
+        cluster_id, lineage = self._client.cluster_id, self._client.lineage
         # A first listing, another cluster, or an older state of this one: nothing that is known can be compared.
         anew = self._replaced(cluster_id, revision) or not self._cluster_id
         puts, deletes = (found, []) if anew else difference(self._known, found)
         self._known = {kv.key: kv.mod_revision for kv in found}
-        self._revision, self._cluster_id = revision, cluster_id
+        self._revision, self._cluster_id, self._lineage = revision, cluster_id, lineage
         self._listed_at = time.monotonic()
         self._relist_s = RELIST_S * random.uniform(0.8, 1.2)
-        return WatchBatch(anew, revision, cluster_id, puts, deletes) if anew or puts or deletes else None
+        return WatchBatch(anew, revision, lineage, puts, deletes) if anew or puts or deletes else None
 
     def _replaced(self, cluster_id: int, revision: int) -> bool:
-        """Whether what answers is not what we followed: another cluster, or one restored from an older snapshot. Waiting there
-        for our revision + 1 would hang until the new history had grown that long."""
-        return bool(self._cluster_id) and (cluster_id != self._cluster_id or revision < self._revision)
+        """Whether what answers is not what we followed: another cluster, one restored from an older snapshot, or one that an
+        operator acknowledged. Waiting there for our revision + 1 would hang until the new history had grown that long."""
+        same = (cluster_id, self._client.lineage) == (self._cluster_id, self._lineage)
+        return bool(self._cluster_id) and (not same or revision < self._revision)
 
 
 def watch_prefix(client: EtcdClient, prefix: str) -> PrefixWatch:
