@@ -200,6 +200,8 @@ class LocalCluster:
         defaults = dict(DEFAULTS.get(service, {}))
         if service == "metrics":
             defaults["INFERENCE_METRICS__STATE_DIR"] = str(self.state_dir / "metrics")  # candidates share it: the leader writes
+        if service == "gateway":
+            defaults["INFERENCE_GATEWAY__STATE_DIR"] = str(self.state_dir / name)  # its routes outlive a restart
         # What a person exported wins over our defaults, and nothing over the wiring.
         whole = {**defaults, **environment(), **self._extra.get("*", {}), **self._extra.get(service, {})}
         whole |= {prefix + key: value for key, value in wiring.items()}
