@@ -74,6 +74,7 @@ class GatewayWorker(Generic[L]):
         app = HttpApp(
             self.live, self.table, keys, metrics, int(time.time()), loopback_only=keys.open and is_loopback(settings.http.host)
         )
+        app.control_plane = lambda: {"routes": self._watch.source, "warnings": self._watch.warnings()}
         self.http = HttpServer(app, settings.http, sock)
         self.rpc = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
         self.rpc.add(

@@ -53,6 +53,8 @@ class HttpApp:
         self._live, self._table, self._keys, self._metrics, self._started_s = live, table, keys, metrics, started_s
         #: There are no keys, so that this machine's own programs need none. A web page in a browser is not one of them.
         self._loopback_only = loopback_only
+        #: What /readyz says of the control plane besides: where the routes come from, and what an operator should know.
+        self.control_plane: Callable[[], dict[str, object]] = dict
         self._posts: dict[bytes, tuple[Callable[[bytes], Asked], Shape]] = {
             b"/v1/chat/completions": (parse_chat, CHAT),
             b"/v1/completions": (parse_completion, COMPLETION),
@@ -168,7 +170,7 @@ class HttpApp:
         elif not self._table.well(time.monotonic()):
             reason = "every replica that can be reached fails what it is given"
         else:
-            self._reply(connection, request, {"status": "ready", "deployments": sorted(self._table.routes)})
+            self._reply(connection, request, {"status": "ready", "deployments": sorted(self._table.routes), **self.control_plane()})
             return
         self._reply(connection, request, {"status": "not ready", "reason": reason}, 503, b"retry-after: 1\r\n")
 
