@@ -170,7 +170,8 @@ class HttpApp:
         elif not self._table.well(time.monotonic()):
             reason = "every replica that can be reached fails what it is given"
         else:
-            self._reply(connection, request, {"status": "ready", "deployments": sorted(self._table.routes), **self.control_plane()})
+            served = {"status": "ready", "deployments": sorted(self._table.routes)}
+            self._reply(connection, request, {**served, **self.control_plane()})
             return
         self._reply(connection, request, {"status": "not ready", "reason": reason}, 503, b"retry-after: 1\r\n")
 
