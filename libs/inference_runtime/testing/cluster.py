@@ -18,14 +18,18 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from inference_runtime.cli.local import SINGLETONS, WORKING, Counts, LocalCluster, http_get
+from inference_runtime.cli.processes import Process
 from inference_runtime.client import InferenceClient
 from inference_runtime.errors import ServerError, Timeout
+from inference_runtime.testing.etcd import EtcdCluster
+from inference_runtime.testing.proxy import TcpProxy
 from inference_runtime.v1 import common_pb2, deployment_pb2
 
 __all__ = ["Cluster"]
@@ -49,6 +53,12 @@ class Cluster:
         settings: More environment by service ("*" for all), for example
             {"gateway": {"INFERENCE_GATEWAY__LIMITS__MAX_REQUESTS": "4"}}.
         ready: Wait until every process does its work before the body begins.
+        etcd_members: Members of etcd. Three are a cluster of its own, `store`, and not among the processes.
+        etcd_doors: Services whose processes reach etcd through proxies of their own, `etcd_doors`.
+        rpc_doors: Services whose processes are reached through proxies of their own, `rpc_doors`, by everybody but this class.
+        hooked: Services whose processes take orders for faults, see `testing.inside`.
+
+    Doors need the event loop that opened them: with those, use it as an async context manager.
     """
 
     def __init__(
@@ -60,6 +70,10 @@ class Cluster:
         lease_ttl_s: float = 3.0,
         settings: Mapping[str, Mapping[str, str]] | None = None,
         ready: bool = True,
+        etcd_members: int = 1,
+        etcd_doors: Collection[str] = (),
+        rpc_doors: Collection[str] = (),
+        hooked: Collection[str] = (),
     ) -> None:
         extra = {name: dict(values) for name, values in (settings or {}).items()}
         for service in (*SINGLETONS, "engine", "gateway"):
@@ -67,8 +81,19 @@ class Cluster:
             extra.setdefault(service, {}).setdefault(key, str(lease_ttl_s))
         self.folder = Path(tempfile.mkdtemp(prefix="inference-cluster-"))
         self._ready = ready
+        self.store = EtcdCluster(size=etcd_members) if etcd_members > 1 else None
+        #: By process: the way to each member of etcd, and the way to the process's own gRPC server.
+        self.etcd_doors: dict[str, list[TcpProxy]] = {}
+        self.rpc_doors: dict[str, TcpProxy] = {}
+        #: By process: the folder through which it takes orders.
+        self.hooks: dict[str, Path] = {}
+        self._doors = contextlib.AsyncExitStack()
+        self._behind_doors = frozenset(etcd_doors), frozenset(rpc_doors)
+        members = self.store.endpoints if self.store else ()
         try:
-            self._local = LocalCluster(self.folder, counts=Counts(engines, singletons, gateways), extra=extra)
+            self._local = LocalCluster(self.folder, counts=Counts(engines, singletons, gateways), etcd=members, extra=extra)
+            for service in hooked:
+                self._hook(service)
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -77,18 +102,26 @@ class Cluster:
 
     async def __aenter__(self) -> Self:
         try:
+            await self._open_doors()
+            if self.store is not None:
+                await asyncio.to_thread(self.store.__enter__)
             self._local.start()
             if self._ready:
                 await self.wait_ready()
         except BaseException as err:
-            await asyncio.to_thread(self._leave, err)
+            await self.__aexit__(type(err), err, None)
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
-        await asyncio.to_thread(self._leave, err)
+        try:
+            await asyncio.to_thread(self._leave, err)
+        finally:
+            await self._doors.aclose()
 
     def __enter__(self) -> Self:
+        if any(self._behind_doors):
+            raise RuntimeError("a cluster with doors is an async context manager only")
         return asyncio.run(self.__aenter__())
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
@@ -96,9 +129,31 @@ class Cluster:
 
     def _leave(self, err: BaseException | None) -> None:
         self._local.kill()
+        if self.store is not None:
+            self.store.stop()
         if err is not None:
             sys.stderr.write(self.logs())
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _hook(self, service: str) -> None:
+        for process in self._local.of(service):
+            folder = self.hooks[process.spec.name] = self.folder / "hooks" / process.spec.name
+            folder.mkdir(parents=True)
+            *python, module = process.spec.argv
+            process.spec = replace(process.spec, argv=[*python, "inference_runtime.testing.hooked", str(folder), module])
+
+    async def _open_doors(self) -> None:
+        to_etcd, to_us = self._behind_doors
+        for service in to_etcd:
+            for process in self._local.of(service):
+                doors = [await self._doors.enter_async_context(TcpProxy(member)) for member in self.etcd]
+                self.etcd_doors[process.spec.name] = doors
+                _rewire(process, "ETCD__ENDPOINTS", ",".join(door.address for door in doors))
+        for service in to_us:
+            for process in self._local.of(service):
+                door = self.rpc_doors[process.spec.name] = await self._doors.enter_async_context(TcpProxy(process.spec.address))
+                _rewire(process, "RPC__ADVERTISE", door.address)
+                process.spec = replace(process.spec, address=door.address)  # what it registers
 
     async def wait_ready(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until every process does its work. Raises ServerError when one has ended, Timeout when it takes too long."""
@@ -225,3 +280,9 @@ class Cluster:
                         await asyncio.sleep(POLL_S)
             except TimeoutError as err:
                 raise Timeout(f"{name} does not work {timeout_s:g} s after its restart: {process.explanation()}") from err
+
+
+def _rewire(process: Process, setting: str, value: str) -> None:
+    """Change one setting of a process that has not been started."""
+    name = f"INFERENCE_{process.spec.service.upper()}__{setting}"
+    process.spec = replace(process.spec, environment={**process.spec.environment, name: value})

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import http.client
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -18,14 +19,14 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from inference_runtime.errors import RuntimeNotInstalled, ServerError
 
-__all__ = ["EtcdCluster", "EtcdProcess", "find_etcd"]
+__all__ = ["EtcdCluster", "EtcdProcess", "ask_member", "find_etcd", "member_status"]
 
 #: A cold start takes 0.1 s; a busy machine is given this long, seconds.
 START_TIMEOUT_S = 20.0
@@ -273,6 +274,12 @@ class EtcdProcess:
         finally:
             connection.close()
 
+    def leads(self) -> bool | None:
+        """Whether this member leads its cluster; None when it does not answer or knows of no leader. Without TLS only."""
+        status = member_status(self._client_port)
+        leader = status.get("leader", "0") if status else "0"
+        return None if leader == "0" else bool(leader == status["header"]["member_id"])
+
     def _wait_state(self, wanted: Callable[[str], bool]) -> None:
         stat = Path(f"/proc/{self.pid}/stat")
         if stat.exists():  # elsewhere than on Linux the signal has to be believed
@@ -333,11 +340,48 @@ class EtcdCluster:
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         await asyncio.to_thread(self.stop)
 
+    def leader(self) -> int:
+        """Number of the member that leads. Blocks until all that answer agree on one.
+
+        Raises:
+            ServerError: They do not.
+        """
+        found: set[int | None] = set()
+
+        def agreed() -> bool:
+            found.clear()
+            for number, member in enumerate(self.members):
+                leads = member.leads()
+                if leads is not None:
+                    found.add(number if leads else None)
+            return len(found - {None}) == 1
+
+        _wait_for(agreed, START_TIMEOUT_S, lambda: "etcd's members agree on no leader")
+        return next(number for number in found if number is not None)
+
     def stop(self) -> None:
         """Stops every member and removes their data."""
         for member in self.members:
             member.stop()
         shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def ask_member(port: int, path: str, body: Mapping[str, object]) -> dict[str, Any]:
+    """One question to a member on this machine, over etcd's JSON gateway, without TLS. Empty when it does not answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1.0)
+    try:
+        connection.request("POST", path, body=json.dumps(body))
+        answer = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        connection.close()
+    return answer if isinstance(answer, dict) else {}
+
+
+def member_status(port: int) -> dict[str, Any]:
+    """What a member says of itself: `header` with revision and member_id, `leader`, `raftTerm`; empty when it does not answer."""
+    return ask_member(port, "/v3/maintenance/status", {})
 
 
 def _free_port() -> int:
