@@ -55,7 +55,7 @@ class Cluster:
         ready: Wait until every process does its work before the body begins.
         etcd_members: Members of etcd. Three are a cluster of its own, `store`, and not among the processes.
         etcd_doors: Services whose processes reach etcd through proxies of their own, `etcd_doors`.
-        rpc_doors: Services whose processes are reached through proxies of their own, `rpc_doors`, by everybody but this class.
+        rpc_doors: Services whose processes are reached through proxies of their own, `rpc_doors`.
         hooked: Services whose processes take orders for faults, see `testing.inside`.
 
     Doors need the event loop that opened them: with those, use it as an async context manager.
@@ -95,6 +95,8 @@ class Cluster:
             for service in hooked:
                 self._hook(service)
         except BaseException:
+            if self.store is not None:
+                self.store.stop()
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
 

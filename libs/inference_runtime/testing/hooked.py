@@ -15,6 +15,7 @@ Python's clocks are changed, and nobody else's: gRPC takes its deadlines from th
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import runpy
@@ -66,9 +67,7 @@ class Clocks:
 
     def _spare_grpc(self) -> None:
         # It converts time.time() to the kernel's clocks at once; with one end of that wrong, every deadline would be.
-        import grpc.aio  # after the clocks are patched
-
-        assert grpc.aio
+        importlib.import_module("grpc.aio")
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] == "grpc" and getattr(module, "time", None) is time:
                 module.time = self.real  # type: ignore[attr-defined]
