@@ -12,6 +12,7 @@ from inference_runtime.errors import BadRequest, NotLeader
 from inference_runtime.telemetry import MetricSet
 from inference_runtime.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from services.metrics.aggregate import Totals
+from services.metrics.columns import from_columns
 from services.metrics.ledger import Ledger
 from services.metrics.settings import MetricsSettings
 
@@ -72,8 +73,9 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
         self, request: metrics_service_pb2.RecordUsageRequest, context: Context
     ) -> metrics_service_pb2.RecordUsageResponse:
         ledger = self._leading()
-        _check(request.records)
-        new = await ledger.record(request.records)
+        records = [*request.records, *from_columns(request.columns)]
+        _check(records)
+        new = await ledger.record(records)
         for deployment, totals in new.items():
             self._publish(deployment, totals)
         return metrics_service_pb2.RecordUsageResponse(accepted=sum(totals.records for totals in new.values()))

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from inference_runtime.v1 import generation_pb2 as inference__runtime_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*inference_runtime/v1/metrics_service.proto\x12\x14inference_runtime.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%inference_runtime/v1/generation.proto\"\x95\x03\n\x0bUsageRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\ndeployment\x18\x03 \x01(\t\x12\x12\n\nreplica_id\x18\x04 \x01(\t\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.inference_runtime.v1.Usage\x12\x39\n\rfinish_reason\x18\x06 \x01(\x0e\x32\".inference_runtime.v1.FinishReason\x12\x14\n\x0c\x65rror_reason\x18\x07 \x01(\t\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13time_to_first_token\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x63ost_micro_usd\x18\x0b \x01(\x03\x12\x0e\n\x06tenant\x18\x0c \x01(\t\"H\n\x12RecordUsageRequest\x12\x32\n\x07records\x18\x01 \x03(\x0b\x32!.inference_runtime.v1.UsageRecord\"\'\n\x13RecordUsageResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\"(\n\x12GetSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\xab\x02\n\x0f\x44\x65ploymentUsage\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x03 \x01(\x04\x12\x14\n\x0cinput_tokens\x18\x04 \x01(\x04\x12\x15\n\routput_tokens\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ost_micro_usd\x18\x06 \x01(\x03\x12S\n\x10\x65rrors_by_reason\x18\x07 \x03(\x0b\x32\x39.inference_runtime.v1.DeploymentUsage.ErrorsByReasonEntry\x12\x11\n\tcancelled\x18\x08 \x01(\x04\x1a\x35\n\x13\x45rrorsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"Q\n\x13GetSnapshotResponse\x12:\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32%.inference_runtime.v1.DeploymentUsage2\x89\x02\n\x0eMetricsService\x12|\n\x0bRecordUsage\x12(.inference_runtime.v1.RecordUsageRequest\x1a).inference_runtime.v1.RecordUsageResponse\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/api/v1/usage:\x01*\x12y\n\x0bGetSnapshot\x12(.inference_runtime.v1.GetSnapshotRequest\x1a).inference_runtime.v1.GetSnapshotResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\x12\r/api/v1/usageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*inference_runtime/v1/metrics_service.proto\x12\x14inference_runtime.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%inference_runtime/v1/generation.proto\"\x95\x03\n\x0bUsageRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\ndeployment\x18\x03 \x01(\t\x12\x12\n\nreplica_id\x18\x04 \x01(\t\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.inference_runtime.v1.Usage\x12\x39\n\rfinish_reason\x18\x06 \x01(\x0e\x32\".inference_runtime.v1.FinishReason\x12\x14\n\x0c\x65rror_reason\x18\x07 \x01(\t\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13time_to_first_token\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64uration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0e\x63ost_micro_usd\x18\x0b \x01(\x03\x12\x0e\n\x06tenant\x18\x0c \x01(\t\"\x9a\x02\n\x0cUsageColumns\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x30\n\x05kinds\x18\x02 \x03(\x0b\x32!.inference_runtime.v1.UsageRecord\x12\x14\n\x0ckind_indexes\x18\x03 \x03(\r\x12\x14\n\x0cinput_tokens\x18\x04 \x03(\r\x12\x15\n\routput_tokens\x18\x05 \x03(\r\x12\x18\n\x10reasoning_tokens\x18\x06 \x03(\r\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x07 \x03(\r\x12\x16\n\x0e\x61\x63\x63\x65pted_at_ns\x18\x08 \x03(\x10\x12\x1d\n\x15time_to_first_token_s\x18\t \x03(\x01\x12\x12\n\nduration_s\x18\n \x03(\x01\"}\n\x12RecordUsageRequest\x12\x32\n\x07records\x18\x01 \x03(\x0b\x32!.inference_runtime.v1.UsageRecord\x12\x33\n\x07\x63olumns\x18\x02 \x01(\x0b\x32\".inference_runtime.v1.UsageColumns\"\'\n\x13RecordUsageResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\"(\n\x12GetSnapshotRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\xab\x02\n\x0f\x44\x65ploymentUsage\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x03 \x01(\x04\x12\x14\n\x0cinput_tokens\x18\x04 \x01(\x04\x12\x15\n\routput_tokens\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ost_micro_usd\x18\x06 \x01(\x03\x12S\n\x10\x65rrors_by_reason\x18\x07 \x03(\x0b\x32\x39.inference_runtime.v1.DeploymentUsage.ErrorsByReasonEntry\x12\x11\n\tcancelled\x18\x08 \x01(\x04\x1a\x35\n\x13\x45rrorsByReasonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"Q\n\x13GetSnapshotResponse\x12:\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32%.inference_runtime.v1.DeploymentUsage2\x89\x02\n\x0eMetricsService\x12|\n\x0bRecordUsage\x12(.inference_runtime.v1.RecordUsageRequest\x1a).inference_runtime.v1.RecordUsageResponse\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/api/v1/usage:\x01*\x12y\n\x0bGetSnapshot\x12(.inference_runtime.v1.GetSnapshotRequest\x1a).inference_runtime.v1.GetSnapshotResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\x12\r/api/v1/usageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,18 +43,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METRICSSERVICE'].methods_by_name['GetSnapshot']._serialized_options = b'\202\323\344\223\002\017\022\r/api/v1/usage'
   _globals['_USAGERECORD']._serialized_start=203
   _globals['_USAGERECORD']._serialized_end=608
-  _globals['_RECORDUSAGEREQUEST']._serialized_start=610
-  _globals['_RECORDUSAGEREQUEST']._serialized_end=682
-  _globals['_RECORDUSAGERESPONSE']._serialized_start=684
-  _globals['_RECORDUSAGERESPONSE']._serialized_end=723
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=725
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=765
-  _globals['_DEPLOYMENTUSAGE']._serialized_start=768
-  _globals['_DEPLOYMENTUSAGE']._serialized_end=1067
-  _globals['_DEPLOYMENTUSAGE_ERRORSBYREASONENTRY']._serialized_start=1014
-  _globals['_DEPLOYMENTUSAGE_ERRORSBYREASONENTRY']._serialized_end=1067
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1069
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1150
-  _globals['_METRICSSERVICE']._serialized_start=1153
-  _globals['_METRICSSERVICE']._serialized_end=1418
+  _globals['_USAGECOLUMNS']._serialized_start=611
+  _globals['_USAGECOLUMNS']._serialized_end=893
+  _globals['_RECORDUSAGEREQUEST']._serialized_start=895
+  _globals['_RECORDUSAGEREQUEST']._serialized_end=1020
+  _globals['_RECORDUSAGERESPONSE']._serialized_start=1022
+  _globals['_RECORDUSAGERESPONSE']._serialized_end=1061
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1063
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1103
+  _globals['_DEPLOYMENTUSAGE']._serialized_start=1106
+  _globals['_DEPLOYMENTUSAGE']._serialized_end=1405
+  _globals['_DEPLOYMENTUSAGE_ERRORSBYREASONENTRY']._serialized_start=1352
+  _globals['_DEPLOYMENTUSAGE_ERRORSBYREASONENTRY']._serialized_end=1405
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1407
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1488
+  _globals['_METRICSSERVICE']._serialized_start=1491
+  _globals['_METRICSSERVICE']._serialized_end=1756
 # @@protoc_insertion_point(module_scope)

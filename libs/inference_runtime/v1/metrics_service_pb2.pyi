@@ -40,11 +40,37 @@ class UsageRecord(_message.Message):
     tenant: str
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., deployment: _Optional[str] = ..., replica_id: _Optional[str] = ..., usage: _Optional[_Union[_generation_pb2.Usage, _Mapping]] = ..., finish_reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., error_reason: _Optional[str] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., time_to_first_token: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., cost_micro_usd: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
+class UsageColumns(_message.Message):
+    __slots__ = ("request_ids", "kinds", "kind_indexes", "input_tokens", "output_tokens", "reasoning_tokens", "cached_input_tokens", "accepted_at_ns", "time_to_first_token_s", "duration_s")
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    KIND_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_AT_NS_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    kinds: _containers.RepeatedCompositeFieldContainer[UsageRecord]
+    kind_indexes: _containers.RepeatedScalarFieldContainer[int]
+    input_tokens: _containers.RepeatedScalarFieldContainer[int]
+    output_tokens: _containers.RepeatedScalarFieldContainer[int]
+    reasoning_tokens: _containers.RepeatedScalarFieldContainer[int]
+    cached_input_tokens: _containers.RepeatedScalarFieldContainer[int]
+    accepted_at_ns: _containers.RepeatedScalarFieldContainer[int]
+    time_to_first_token_s: _containers.RepeatedScalarFieldContainer[float]
+    duration_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., kinds: _Optional[_Iterable[_Union[UsageRecord, _Mapping]]] = ..., kind_indexes: _Optional[_Iterable[int]] = ..., input_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., reasoning_tokens: _Optional[_Iterable[int]] = ..., cached_input_tokens: _Optional[_Iterable[int]] = ..., accepted_at_ns: _Optional[_Iterable[int]] = ..., time_to_first_token_s: _Optional[_Iterable[float]] = ..., duration_s: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class RecordUsageRequest(_message.Message):
-    __slots__ = ("records",)
+    __slots__ = ("records", "columns")
     RECORDS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     records: _containers.RepeatedCompositeFieldContainer[UsageRecord]
-    def __init__(self, records: _Optional[_Iterable[_Union[UsageRecord, _Mapping]]] = ...) -> None: ...
+    columns: UsageColumns
+    def __init__(self, records: _Optional[_Iterable[_Union[UsageRecord, _Mapping]]] = ..., columns: _Optional[_Union[UsageColumns, _Mapping]] = ...) -> None: ...
 
 class RecordUsageResponse(_message.Message):
     __slots__ = ("accepted",)
