@@ -33,6 +33,7 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_RESTARTING: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_FAILED: _ClassVar[ReplicaState]
+    REPLICA_STATE_NOT_READY: _ClassVar[ReplicaState]
 NODE_ROLE_UNSPECIFIED: NodeRole
 NODE_ROLE_CONTROL: NodeRole
 NODE_ROLE_GPU: NodeRole
@@ -47,6 +48,7 @@ REPLICA_STATE_SERVING: ReplicaState
 REPLICA_STATE_RESTARTING: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_FAILED: ReplicaState
+REPLICA_STATE_NOT_READY: ReplicaState
 
 class FencingToken(_message.Message):
     __slots__ = ("role", "cluster_id", "revision")
@@ -73,14 +75,16 @@ class Leader(_message.Message):
     def __init__(self, role: _Optional[str] = ..., candidate_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., token: _Optional[_Union[FencingToken, _Mapping]] = ...) -> None: ...
 
 class Accelerator(_message.Message):
-    __slots__ = ("index", "name", "memory_bytes")
+    __slots__ = ("index", "name", "memory_bytes", "unschedulable")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNSCHEDULABLE_FIELD_NUMBER: _ClassVar[int]
     index: int
     name: str
     memory_bytes: int
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    unschedulable: str
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., unschedulable: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("hostname", "roles", "cpu_cores", "memory_bytes", "accelerators", "labels")

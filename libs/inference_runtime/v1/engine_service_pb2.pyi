@@ -36,7 +36,7 @@ class TokenPrefix(_message.Message):
     def __init__(self, choice: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("stream_id", "epoch", "request", "replica_id", "revision", "generated_prefix", "time_left", "credits", "coalesce_tokens", "traceparent", "idempotency_key", "fencing_token", "choice")
+    __slots__ = ("stream_id", "epoch", "request", "replica_id", "revision", "generated_prefix", "time_left", "credits", "coalesce_tokens", "traceparent", "idempotency_key", "fencing_token", "choice", "context_deaths")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class Submission(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_DEATHS_FIELD_NUMBER: _ClassVar[int]
     stream_id: int
     epoch: int
     request: _generation_pb2.GenerationRequest
@@ -63,7 +64,8 @@ class Submission(_message.Message):
     idempotency_key: str
     fencing_token: _common_pb2.FencingToken
     choice: int
-    def __init__(self, stream_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request: _Optional[_Union[_generation_pb2.GenerationRequest, _Mapping]] = ..., replica_id: _Optional[str] = ..., revision: _Optional[str] = ..., generated_prefix: _Optional[_Iterable[_Union[TokenPrefix, _Mapping]]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits: _Optional[int] = ..., coalesce_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., fencing_token: _Optional[_Union[_common_pb2.FencingToken, _Mapping]] = ..., choice: _Optional[int] = ...) -> None: ...
+    context_deaths: int
+    def __init__(self, stream_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request: _Optional[_Union[_generation_pb2.GenerationRequest, _Mapping]] = ..., replica_id: _Optional[str] = ..., revision: _Optional[str] = ..., generated_prefix: _Optional[_Iterable[_Union[TokenPrefix, _Mapping]]] = ..., time_left: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., credits: _Optional[int] = ..., coalesce_tokens: _Optional[int] = ..., traceparent: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., fencing_token: _Optional[_Union[_common_pb2.FencingToken, _Mapping]] = ..., choice: _Optional[int] = ..., context_deaths: _Optional[int] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
     __slots__ = ("submission",)
