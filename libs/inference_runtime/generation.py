@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 __all__ = [
+    "MAX_CHOICES",
     "ChatPrompt",
     "ContentPart",
     "FinishReason",
@@ -114,6 +115,10 @@ class TokenPrompt:
 
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+#: Choices of one request at most, at every door. Each is generated on its own: a request for n costs as much as n requests.
+MAX_CHOICES = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class Capabilities:
     logprobs: bool = False
     seed: bool = False
     resume: bool = False
+    #: Choices of one request that it draws apart, by their number. 1 where it cannot.
     max_choices: int = 1
     deterministic: bool = False
     penalties: bool = False
@@ -261,11 +262,14 @@ class ModelRunner(Protocol):
         """Make it ready. Raises a typed error that says what to change."""
         ...
 
-    def execute(self, request: GenerationRequest, generated_prefix: Sequence[int] = ()) -> AsyncIterator[TokenChunk]:
-        """Stream the answer.
+    def execute(
+        self, request: GenerationRequest, generated_prefix: Sequence[int] = (), choice: int = 0
+    ) -> AsyncIterator[TokenChunk]:
+        """Stream one choice of the answer. A request for n of them is n calls.
 
         The last chunk carries `finish_reason` and `usage`. On cancel (`aclose` of the iterator, or cancellation of the task
-        that awaits it) generation stops within one step. With a prefix, the first chunk's index is its length.
+        that awaits it) generation stops within one step. With a prefix, the first chunk's index is its length. Draws are a
+        function of (seed, `choice`, index); `choice` is below `max_choices`.
         """
         ...
 

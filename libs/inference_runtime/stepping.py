@@ -122,7 +122,7 @@ def _prompt_bytes(prompt: Prompt) -> int:
     return len(prompt.text) if isinstance(prompt, TextPrompt) else 0
 
 
-def check_supported(info: RunnerInfo, request: GenerationRequest, prefix: Sequence[int] = ()) -> None:
+def check_supported(info: RunnerInfo, request: GenerationRequest, prefix: Sequence[int] = (), choice: int = 0) -> None:
     """Refuse what the runner cannot do, by name. Raises Unsupported with `feature` and `runtime`."""
     can, sampling = info.capabilities, request.sampling
     chat = isinstance(request.prompt, ChatPrompt)
@@ -134,7 +134,7 @@ def check_supported(info: RunnerInfo, request: GenerationRequest, prefix: Sequen
         ("penalties", _has_penalties(sampling), can.penalties),
         ("logit_bias", bool(sampling.logit_bias), can.logit_bias),
         ("min_p", bool(sampling.min_p), can.min_p),
-        ("n", sampling.n > 1, can.max_choices >= sampling.n),
+        ("n", sampling.n > 1 or choice > 0, can.max_choices >= max(sampling.n, choice + 1)),
         ("resume", len(prefix) > 0, can.resume),
     )
     for feature, asked, able in wanted:
@@ -610,7 +610,7 @@ class _Lane:
 
 
 class SteppedRunner:
-    """A ModelRunner over a StepRunner: every request is a sequence of one shared loop. Answers have one choice.
+    """A ModelRunner over a StepRunner: every choice is a sequence of one shared loop.
 
     After the loop died, requests fail with the cause until `rebuild_session`. There is no admission queue: more than `max_batch`
     requests at once wait inside the StepRunner.
@@ -651,8 +651,10 @@ class SteppedRunner:
             raise
         return lane
 
-    async def execute(self, request: GenerationRequest, generated_prefix: Sequence[int] = ()) -> AsyncIterator[TokenChunk]:
-        """Stream the answer.
+    async def execute(
+        self, request: GenerationRequest, generated_prefix: Sequence[int] = (), choice: int = 0
+    ) -> AsyncIterator[TokenChunk]:
+        """Stream one choice of the answer.
 
         Raises:
             Unsupported, BadRequest, ContextLengthExceeded: Before the first chunk.
@@ -666,15 +668,15 @@ class SteppedRunner:
         if lane.death is not None:
             raise _death(lane.death)
         info = self.info
-        check_supported(info, request, generated_prefix)
+        check_supported(info, request, generated_prefix, choice)
         if request.sampling.n > 1:
-            raise Unsupported("a stepped runner makes one choice for each call", feature="n", runtime=info.runtime)
+            raise Unsupported("a call makes one choice: set n to 1, and say which one it is", feature="n", runtime=info.runtime)
         tokens = encode_prompt(self._codec, request.prompt, self.info.max_context_tokens)
         sampling = fit_context(info, len(tokens), request.sampling)
         prefix = tuple(generated_prefix)
-        choice = ChoiceAssembler(self._codec, stop=sampling.stop, prompt_tokens=len(tokens), prefix=prefix)
-        if choice.stopped or len(prefix) >= sampling.max_tokens:
-            yield choice.end(FinishReason.STOP if choice.stopped else FinishReason.LENGTH)
+        answer = ChoiceAssembler(self._codec, stop=sampling.stop, prompt_tokens=len(tokens), choice=choice, prefix=prefix)
+        if answer.stopped or len(prefix) >= sampling.max_tokens:
+            yield answer.end(FinishReason.STOP if answer.stopped else FinishReason.LENGTH)
             return
         self._sequences += 1
         sequence_id = self._sequences
@@ -682,13 +684,13 @@ class SteppedRunner:
         lane.streams[sequence_id] = queue
         finished = False
         try:
-            lane.loop.admit(StepRequest(sequence_id, tokens, sampling, generated_prefix=prefix))
+            lane.loop.admit(StepRequest(sequence_id, tokens, sampling, choice, prefix))
             while not finished:
                 output = await queue.get()
                 if output.error is not None:
                     finished = True
                     raise _death(output.error) if lane.death is not None else output.error
-                chunk = choice.take(output)
+                chunk = answer.take(output)
                 finished = output.finish_reason is not None
                 yield chunk
                 if chunk.finish_reason is not None:

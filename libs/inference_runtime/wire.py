@@ -137,9 +137,8 @@ def sampling_from_proto(p: generation_pb2.SamplingParams) -> g.SamplingParams:
 
 
 #: Bounds of one request, the same for HTTP, gRPC and Execute.
-MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 16
+MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 
 
@@ -154,7 +153,7 @@ def check_sampling(s: g.SamplingParams) -> None:
         (-2 <= s.presence_penalty <= 2, "presence_penalty", "must lie between -2 and 2"),
         (-2 <= s.frequency_penalty <= 2, "frequency_penalty", "must lie between -2 and 2"),
         (0 <= s.repetition_penalty <= 10, "repetition_penalty", "must lie between 0 and 10"),
-        (1 <= s.n <= MAX_CHOICES, "n", f"must lie between 1 and {MAX_CHOICES}"),
+        (1 <= s.n <= g.MAX_CHOICES, "n", f"must lie between 1 and {g.MAX_CHOICES}"),
         (s.top_logprobs is None or s.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}"),
         (len(s.stop) <= MAX_STOPS, "stop", f"holds at most {MAX_STOPS} strings"),
         (all(0 < len(x) <= MAX_STOP_CHARS for x in s.stop), "stop", f"strings have 1 to {MAX_STOP_CHARS} characters"),

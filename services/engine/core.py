@@ -293,9 +293,9 @@ class EngineCore:
                 "revision continue each other's answers",
                 revision=self.revision,
             )
-        check_supported(info, request, submission.prefix)
+        check_supported(info, request, submission.prefix, submission.choice)
         if request.sampling.n > 1:
-            raise Unsupported("engines produce one choice per request; set n to 1", feature="n", runtime=info.runtime, param="n")
+            raise Unsupported("a submission is one choice: set n to 1", feature="n", runtime=info.runtime, param="n")
         if len(self._streams) >= self._most_streams:
             waits = (
                 f"and {self.queued} wait"
@@ -398,12 +398,15 @@ class EngineCore:
     def _enqueue(self, stream: Stream, tokens: Sequence[int], sampling: SamplingParams) -> None:
         submission = stream.submission
         assert self._codec is not None
-        stream.choice = ChoiceAssembler(self._codec, stop=sampling.stop, prompt_tokens=len(tokens), prefix=submission.prefix)
+        stream.outlet.admitted(stream, len(tokens))
+        stream.choice = ChoiceAssembler(
+            self._codec, stop=sampling.stop, prompt_tokens=len(tokens), choice=submission.choice, prefix=submission.prefix
+        )
         if stream.choice.stopped or len(submission.prefix) >= sampling.max_tokens:  # the prefix is the whole answer
             stream.deliver(stream.choice.end(FinishReason.STOP if stream.choice.stopped else FinishReason.LENGTH))
             return
         request = submission.request
-        stream.flight = Flight(0, tokens, sampling, stream, list(submission.prefix), request.tenant)
+        stream.flight = Flight(0, tokens, sampling, stream, list(submission.prefix), request.tenant, choice=submission.choice)
         stream.place = self._room.put(
             stream,
             tenant=request.tenant,

@@ -37,6 +37,9 @@ class _Pipe:
         self._items: deque[TokenChunk | InferenceError] = deque()
         self._wake = asyncio.Event()
 
+    def admitted(self, stream: Stream, input_tokens: int) -> None:
+        """The reader learns it from the usage at the end."""
+
     def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
         """Keep a chunk for the reader."""
         self._items.append(chunk)

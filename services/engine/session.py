@@ -31,6 +31,9 @@ MESSAGE_SPACING_S = 0.002
 PROTOCOL_VERSION = 1
 #: Rows of one message at most. Keeps a message that follows a pause far below the size limit.
 MAX_ROWS = 4096
+#: A gateway hears of an admission with the next rows for it, and after this time at the latest, seconds: soon enough for a client
+#: that leaves during a long prefill, and late enough to cost no message of its own where tokens flow.
+ADMITTED_WITHIN_S = 0.05
 
 
 class SessionHost(Protocol):
@@ -66,17 +69,18 @@ def error_detail(err: InferenceError, row: int, stream: Stream | None = None) ->
 class _Columns:
     """Rows of one message in the making."""
 
-    __slots__ = ("choices", "counts", "details", "epochs", "indexes", "stream_ids", "texts", "token_ids")
+    __slots__ = ("admitted_ids", "admitted_tokens", "counts", "details", "epochs", "indexes", "stream_ids", "texts", "token_ids")
 
     def __init__(self) -> None:
         self.stream_ids: list[int] = []
         self.epochs: list[int] = []
-        self.choices: list[int] = []
         self.indexes: list[int] = []
         self.counts: list[int] = []
         self.token_ids: list[int] = []
         self.texts: list[str] = []
         self.details: list[engine_service_pb2.ChunkDetail] = []
+        self.admitted_ids: list[int] = []
+        self.admitted_tokens: list[int] = []
 
     def frame(self) -> engine_service_pb2.SessionResponse:
         """The message. Columns that hold nothing but their default stay empty."""
@@ -91,10 +95,11 @@ class _Columns:
             frame.token_counts.extend(self.counts)
         if any(self.epochs):
             frame.epochs.extend(self.epochs)
-        if any(self.choices):
-            frame.choices.extend(self.choices)
         if self.details:
             frame.details.extend(self.details)
+        if self.admitted_ids:
+            frame.admitted_ids.extend(self.admitted_ids)
+            frame.admitted_input_tokens.extend(self.admitted_tokens)
         return response
 
 
@@ -116,6 +121,7 @@ class Session:
         self._wake = asyncio.Event()
         self._overrun = asyncio.Event()
         self._welcomed = False
+        self._tell_admitted: asyncio.TimerHandle | None = None
         self.gateway_id = ""
 
     @property
@@ -154,6 +160,8 @@ class Session:
                 raise
             raise known.exceptions[0] from None
         finally:
+            if self._tell_admitted is not None:
+                self._tell_admitted.cancel()
             streams = list(self._streams.values())
             self._streams.clear()
             for stream in streams:
@@ -208,12 +216,24 @@ class Session:
             stream = self._host.submit(proto, self)
         except InferenceError as err:
             prefix = len(proto.generated_prefix[0].token_ids) if proto.generated_prefix else 0
-            self._row(stream_id, proto.epoch, 0, prefix, (), "", error_detail(err, len(self._columns.stream_ids)))
+            self._row(stream_id, proto.epoch, prefix, error_detail(err, len(self._columns.stream_ids)))
             return
         if not stream.ended:  # an answer that its prefix already holds is over before this line
             self._streams[stream_id] = stream
 
     # --- Outlet ------------------------------------------------------------------------------------------------------
+
+    def admitted(self, stream: Stream, input_tokens: int) -> None:
+        """Put the admission into the columns; it leaves with the next rows, or before long without."""
+        self._columns.admitted_ids.append(stream.submission.stream_id)
+        self._columns.admitted_tokens.append(input_tokens)
+        if self._tell_admitted is None:
+            self._tell_admitted = asyncio.get_running_loop().call_later(ADMITTED_WITHIN_S, self._tell)
+
+    def _tell(self) -> None:
+        self._tell_admitted = None
+        if self._columns.admitted_ids:
+            self._wake.set()
 
     def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
         """Put a chunk into the columns."""
@@ -221,7 +241,6 @@ class Session:
         columns = self._columns
         columns.stream_ids.append(submission.stream_id)
         columns.epochs.append(submission.epoch)
-        columns.choices.append(chunk.choice)
         columns.indexes.append(chunk.index)
         columns.counts.append(len(chunk.token_ids))
         columns.token_ids += chunk.token_ids
@@ -236,34 +255,17 @@ class Session:
         """Put the end of a generation by an error into the columns."""
         submission = stream.submission
         self._streams.pop(submission.stream_id, None)
-        self._row(
-            submission.stream_id,
-            submission.epoch,
-            0,
-            stream.index,
-            (),
-            "",
-            error_detail(err, len(self._columns.stream_ids), stream),
-        )
+        detail = error_detail(err, len(self._columns.stream_ids), stream)
+        self._row(submission.stream_id, submission.epoch, stream.index, detail)
 
-    def _row(
-        self,
-        stream_id: int,
-        epoch: int,
-        choice: int,
-        index: int,
-        token_ids: tuple[int, ...],
-        text: str,
-        detail: engine_service_pb2.ChunkDetail,
-    ) -> None:
+    def _row(self, stream_id: int, epoch: int, index: int, detail: engine_service_pb2.ChunkDetail) -> None:
+        """A row without tokens."""
         columns = self._columns
         columns.stream_ids.append(stream_id)
         columns.epochs.append(epoch)
-        columns.choices.append(choice)
         columns.indexes.append(index)
-        columns.counts.append(len(token_ids))
-        columns.token_ids += token_ids
-        columns.texts.append(text)
+        columns.counts.append(0)
+        columns.texts.append("")
         columns.details.append(detail)
         self._added()
 
@@ -290,7 +292,7 @@ class Session:
                 await write(self._first.popleft())
             while self._full:
                 await write(self._full.popleft().frame())
-            if self._columns.stream_ids:
+            if self._columns.stream_ids or self._columns.admitted_ids:
                 columns, self._columns = self._columns, _Columns()
                 await write(columns.frame())
 

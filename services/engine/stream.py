@@ -33,6 +33,10 @@ STALL_S = 30.0
 class Outlet(Protocol):
     """Where the chunks of a stream go. Never blocks: what is slow behind it is its own to bound."""
 
+    def admitted(self, stream: Stream, input_tokens: int) -> None:
+        """The stream waits or runs: its prompt has this many tokens. Once, before any chunk."""
+        ...
+
     def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
         """A piece of the answer; the last one has a finish reason."""
         ...

@@ -17,7 +17,8 @@ class Submission:
     """What to generate, and how its chunks are to be delivered.
 
     Args:
-        request: What the client asks for.
+        request: What the client asks for, less the number of choices.
+        choice: Which of its choices this is.
         stream_id: Number within the session.
         epoch: Attempt; carried back in each chunk.
         revision: Revision that the prefix was made with; "" for any.
@@ -37,6 +38,7 @@ class Submission:
     credits: int = 0
     coalesce_tokens: int = 0
     traceparent: str = ""
+    choice: int = 0
 
 
 def submission_from_proto(proto: engine_service_pb2.Submission) -> Submission:
@@ -49,14 +51,13 @@ def submission_from_proto(proto: engine_service_pb2.Submission) -> Submission:
     for feature, asked in (
         ("tools", bool(proto.request.tools)),
         ("constraint", proto.request.HasField("constraint")),
-        ("n", len(proto.generated_prefix) > 1),
     ):
         if asked:
             raise Unsupported(f"engines do not support {feature}; leave it out", feature=feature, param=feature)
     prefix: tuple[int, ...] = ()
     if proto.generated_prefix:
-        if proto.generated_prefix[0].choice:
-            raise BadRequest("generated_prefix names a choice that the request does not have", param="generated_prefix")
+        if [p.choice for p in proto.generated_prefix] != [proto.choice]:
+            raise BadRequest("generated_prefix is not one prefix of the choice that is submitted", param="generated_prefix")
         prefix = tuple(proto.generated_prefix[0].token_ids)
     return Submission(
         request=request_from_proto(proto.request),
@@ -68,4 +69,5 @@ def submission_from_proto(proto: engine_service_pb2.Submission) -> Submission:
         credits=proto.credits,
         coalesce_tokens=proto.coalesce_tokens,
         traceparent=proto.traceparent,
+        choice=proto.choice,
     )

@@ -56,6 +56,7 @@ class Flight:
     generated: list[int] = field(default_factory=list)
     cache_salt: str = ""
     context_deaths: int = 0
+    choice: int = 0
 
     def step_request(self) -> StepRequest:
         """The sequence as a context takes it: from where it stands."""
@@ -63,6 +64,7 @@ class Flight:
             self.sequence_id,
             self.prompt_token_ids,
             self.sampling,
+            self.choice,
             generated_prefix=tuple(self.generated),
             cache_salt=self.cache_salt,
         )

@@ -14,9 +14,12 @@ from inference_runtime.errors import Backpressure, Draining
 from inference_runtime.telemetry import Telemetry
 from inference_runtime.v1 import engine_service_pb2
 from services.gateway.budget import AttemptBudget, BudgetRule
-from services.gateway.request import Need, Request, Sink
+from services.gateway.choices import Choices
+from services.gateway.needs import Need
+from services.gateway.request import Request
 from services.gateway.routes import RouteTable
 from services.gateway.settings import LimitSettings
+from services.gateway.sink import Sink
 from services.gateway.usage import UsageEntry
 
 __all__ = ["LiveRequests", "UsageSink", "new_id"]
@@ -52,7 +55,9 @@ class LiveRequests:
     def __init__(self, table: RouteTable, limits: LimitSettings, usage: UsageSink, tele: Telemetry, keepalive_s: float) -> None:
         self.table, self.limits, self._usage, self._telemetry = table, limits, usage, tele
         self._keepalive_s = keepalive_s
-        self.requests: set[Request] = set()
+        self.requests: set[Request | Choices] = set()
+        #: Choices that they have together, beyond one each.
+        self._more_choices = 0
         #: Those that have no replica at present.
         self.waiting: set[Request] = set()
         self.draining = False
@@ -78,39 +83,77 @@ class LiveRequests:
         *,
         shows_at_once: bool,
         needs: Sequence[Need] = (),
-        choices: int = 1,
         idempotent: bool = True,
         traceparent: str = "",
         time_limit_s: float = float("inf"),
     ) -> Request:
-        """A new request. Give it to the sink, then call its `begin`.
+        """A new request for one choice. Give it to the sink, then call its `begin`.
 
         Raises:
             Draining: This gateway is about to end.
             Backpressure: It has as many requests as it may.
         """
-        if self.draining:
-            raise Draining("this gateway is shutting down; ask another one", retry_after_s=1)
-        if len(self.requests) >= self.limits.max_requests:
-            raise Backpressure("this gateway has as many requests as it may; try again in a moment", retry_after_s=1)
-        if traceparent and not TRACEPARENT.fullmatch(traceparent):
-            traceparent = ""  # whatever it is, it is no trace of anybody
-        span = traceparent if self._telemetry.tracer is None else self._telemetry.begin_span(traceparent)
-        if span:
-            submission.traceparent = span  # the engine's spans hang below ours
         request = Request(
             self,
             submission,
             sink,
             shows_at_once=shows_at_once,
             needs=needs,
-            choices=choices,
             idempotent=idempotent,
-            traceparent=traceparent,
+            traceparent=self._admit(1, submission, traceparent),
             time_limit_s=time_limit_s,
         )
         self.requests.add(request)
         return request
+
+    def begin_choices(
+        self,
+        submission: engine_service_pb2.Submission,
+        sinks: Sequence[Sink],
+        *,
+        shows_at_once: bool,
+        needs: Sequence[Need] = (),
+        idempotent: bool = True,
+        traceparent: str = "",
+        time_limit_s: float = float("inf"),
+    ) -> Request | Choices:
+        """A new request for as many choices as there are sinks, which counts as so many. Otherwise as `begin`."""
+        if len(sinks) == 1:
+            return self.begin(
+                submission,
+                sinks[0],
+                shows_at_once=shows_at_once,
+                needs=needs,
+                idempotent=idempotent,
+                traceparent=traceparent,
+                time_limit_s=time_limit_s,
+            )
+        choices = Choices(
+            self,
+            submission,
+            sinks,
+            shows_at_once=shows_at_once,
+            needs=needs,
+            idempotent=idempotent,
+            traceparent=self._admit(len(sinks), submission, traceparent),
+            time_limit_s=time_limit_s,
+        )
+        self.requests.add(choices)
+        self._more_choices += choices.width - 1
+        return choices
+
+    def _admit(self, choices: int, submission: engine_service_pb2.Submission, traceparent: str) -> str:
+        """Refuse what is too much. Returns the client's trace context, and gives the engine's spans ours to hang below."""
+        if self.draining:
+            raise Draining("this gateway is shutting down; ask another one", retry_after_s=1)
+        if len(self.requests) + self._more_choices + choices > self.limits.max_requests:
+            raise Backpressure("this gateway has as many requests as it may; try again in a moment", retry_after_s=1)
+        if traceparent and not TRACEPARENT.fullmatch(traceparent):
+            traceparent = ""  # whatever it is, it is no trace of anybody
+        span = traceparent if self._telemetry.tracer is None else self._telemetry.begin_span(traceparent)
+        if span:
+            submission.traceparent = span
+        return traceparent
 
     def budget(self, deployment: str) -> AttemptBudget:
         """What requests of a deployment share. Only for one that is in the table: it is kept as long as that."""
@@ -119,7 +162,7 @@ class LiveRequests:
             budget = self._budgets[deployment] = AttemptBudget(self._rule)
         return budget
 
-    def end(self, request: Request, outcome: str, now: float) -> None:
+    def end(self, request: Request | Choices, outcome: str, now: float) -> None:
         """Count and settle a request. Called by it, once.
 
         Args:
@@ -128,8 +171,9 @@ class LiveRequests:
             now: time.monotonic().
         """
         self.requests.discard(request)
-        if self.waiting:
-            self.waiting.discard(request)
+        width = request.width
+        if width > 1:
+            self._more_choices -= width - 1
         known = request.known
         name = request.model if known else "unknown"  # what clients make up must not become series
         duration_s = now - request.began
@@ -137,17 +181,19 @@ class LiveRequests:
         output_tokens = request.output_tokens
         self._ended.inc(name, outcome)
         self._duration.observe(duration_s, name)
-        if request.first_at:
-            first_token_s = request.first_at - request.began
-            self._tokens_in.inc(name, by=request.input_tokens)
+        input_tokens = request.input_tokens
+        if input_tokens:
+            self._tokens_in.inc(name, by=input_tokens)
+        if first_at := request.first_at:
+            first_token_s = first_at - request.began
             self._tokens_out.inc(name, by=output_tokens)
             self._first_token.observe(first_token_s, name)
-            if output_tokens > 1 and request.shows_at_once:  # a whole answer comes in few pieces: they tell no pace
-                self._per_token.observe((duration_s - first_token_s) / (output_tokens - 1), name)
+            if output_tokens > width and request.shows_at_once:  # a whole answer comes in few pieces: they tell no pace
+                self._per_token.observe((duration_s - first_token_s) / (output_tokens / width - 1), name)
         if known:  # a name that nobody deployed has no ledger
             self._usage.add(
                 (
-                    request.request_id, name, request.replica_id, request.input_tokens, output_tokens, request.reasoning_tokens,
+                    request.request_id, name, request.replica_id, input_tokens, output_tokens, request.reasoning_tokens,
                     request.cached_input_tokens, request.finish_reason, outcome, request.accepted_ns, first_token_s, duration_s,
                     request.tenant,
                 )
@@ -155,7 +201,7 @@ class LiveRequests:
         if self._telemetry.tracer is not None:
             self._trace(request, outcome, duration_s)
 
-    def _trace(self, request: Request, outcome: str, duration_s: float) -> None:
+    def _trace(self, request: Request | Choices, outcome: str, duration_s: float) -> None:
         self._telemetry.record_span(
             f"chat {request.model if request.known else 'unknown'}",
             traceparent=request.traceparent,
@@ -196,7 +242,7 @@ class LiveRequests:
                 continue
             name = request.model
             in_flight[name] = in_flight.get(name, 0) + 1
-            tokens = len(request.journal.first)
+            tokens = request.progress
             if tokens != request.seen:
                 request.seen, request.quiet_since = tokens, now
             elif now - request.quiet_since > self._keepalive_s:

@@ -12,7 +12,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from inference_runtime import telemetry
 from inference_runtime.errors import (
@@ -28,19 +28,20 @@ from inference_runtime.errors import (
     Retry,
     RevisionMismatch,
     Timeout,
-    Unsupported,
 )
 from inference_runtime.rpc import error_from_status
-from inference_runtime.v1 import engine_service_pb2, generation_pb2
+from inference_runtime.v1 import engine_service_pb2
 from services.gateway.budget import AttemptBudget
 from services.gateway.journal import NEW, Journal, Verdict
+from services.gateway.needs import Need, unmet
 from services.gateway.routes import Route, Target, choose
+from services.gateway.sink import NOBODY, Sink
 
 if TYPE_CHECKING:
     from services.gateway.live import LiveRequests
     from services.gateway.sessions import Session
 
-__all__ = ["Need", "Request", "Sink", "needs_of"]
+__all__ = ["Request"]
 
 log = telemetry.get_logger(__name__)
 
@@ -64,93 +65,8 @@ EXHAUSTED_RETRY_S = 1.0
 _NO_FAULT = (Backpressure, Draining, RevisionMismatch)
 
 
-class Need(NamedTuple):
-    """Something that not every runtime can do."""
-
-    capability: str  #: field of Capabilities
-    param: str  #: request field that asks for it
-    what: str  #: for people
-
-
-def needs_of(sampling: generation_pb2.SamplingParams) -> list[Need]:
-    """What a replica must be able to do for these parameters."""
-    needs = []
-    if sampling.HasField("top_logprobs"):
-        needs.append(Need("logprobs", "logprobs", "log-probabilities"))
-    for param in ("presence_penalty", "frequency_penalty"):
-        if getattr(sampling, param):
-            needs.append(Need("penalties", param, "penalties"))
-    if sampling.repetition_penalty not in (0.0, 1.0):
-        needs.append(Need("penalties", "repetition_penalty", "penalties"))
-    if sampling.logit_bias:
-        needs.append(Need("logit_bias", "logit_bias", "a bias of single tokens"))
-    if sampling.min_p:
-        needs.append(Need("min_p", "min_p", "min_p"))
-    return needs
-
-
-class Sink(Protocol):
-    """Where an answer goes."""
-
-    def token(self, index: int, token: int, text: str) -> None:
-        """One token of choice 0, with the text that became certain."""
-        ...
-
-    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
-        """Any other chunk. `done`: the answer is complete with it."""
-        ...
-
-    def fail(self, error: InferenceError) -> None:
-        """The answer ends here, with an error."""
-        ...
-
-    def hold(self) -> None:
-        """Several chunks follow at once."""
-        ...
-
-    def release(self) -> None:
-        """That was all of them."""
-        ...
-
-    def keep_alive(self) -> None:
-        """Nothing has come for a while."""
-        ...
-
-    def resumed(self, count: int) -> None:
-        """The answer goes on, for the count-th time, from another attempt."""
-        ...
-
-
-class _Nobody:
-    """The sink of a request that is over."""
-
-    def token(self, index: int, token: int, text: str) -> None:
-        """Nothing."""
-
-    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
-        """Nothing."""
-
-    def fail(self, error: InferenceError) -> None:
-        """Nothing."""
-
-    def hold(self) -> None:
-        """Nothing."""
-
-    def release(self) -> None:
-        """Nothing."""
-
-    def keep_alive(self) -> None:
-        """Nothing."""
-
-    def resumed(self, count: int) -> None:
-        """Nothing."""
-
-
-NOBODY = _Nobody()
-
-
 class Request:
-    """A request in flight. `begin` once; `cancel` at any time; the sink is told of everything else.
+    """A request for one choice, in flight. `begin` once; `cancel` at any time; the sink is told of everything else.
 
     Args:
         live: The requests it is one of, with what they share.
@@ -159,7 +75,6 @@ class Request:
         shows_at_once: The client sees each chunk as it comes. False where it gets the whole answer at the end: such a request
             can start over as long as it runs.
         needs: What a replica must be able to do, besides generating.
-        choices: Number of choices.
         idempotent: It may be attempted more than once.
         traceparent: W3C context of the client's span, "" for none.
         time_limit_s: The client's own limit, seconds.
@@ -168,6 +83,8 @@ class Request:
     # Most of a request's state keeps its first value: it stands here and not in __init__, which every request pays for.
     deadline = first_chunk_by = float("inf")
     ended = False
+    #: Choices of it.
+    width = 1
     seen = 0
     first_at = 0.0
     finish_reason = 0
@@ -194,7 +111,6 @@ class Request:
         *,
         shows_at_once: bool,
         needs: Sequence[Need] = (),
-        choices: int = 1,
         idempotent: bool = True,
         traceparent: str = "",
         time_limit_s: float = float("inf"),
@@ -204,7 +120,7 @@ class Request:
         self.traceparent, self._limit_s = traceparent, time_limit_s
         request = submission.request
         self.request_id, self.model, self.tenant = request.request_id, request.deployment, request.tenant
-        self.journal = Journal(choices)
+        self.journal = Journal()
         self.accepted_ns = time.time_ns()
         self.began = self.quiet_since = time.monotonic()
 
@@ -221,7 +137,12 @@ class Request:
     @property
     def output_tokens(self) -> int:
         """Tokens generated: as the engine counted them, or those that have come so far."""
-        return self._output_tokens or self.journal.output_tokens
+        return self._output_tokens or len(self.journal.tokens)
+
+    @property
+    def progress(self) -> int:
+        """Tokens that have come."""
+        return len(self.journal.tokens)
 
     @property
     def revision(self) -> str:
@@ -301,13 +222,9 @@ class Request:
             self._wait_until = 0.0
             self._live.waiting.discard(self)
         for need in self._needs:
-            if not getattr(target.capabilities, need.capability):
-                what = f"the runtime of deployment {route.deployment!r} ({route.runtime}) does not offer {need.what}"
-                self._finish(
-                    Unsupported(
-                        f"{what}; leave {need.param} out", param=need.param, feature=need.capability, runtime=route.runtime
-                    )
-                )
+            refusal = unmet(need, target.capabilities, route.deployment, route.runtime)
+            if refusal is not None:
+                self._finish(refusal)
                 return
         left_s = self.deadline - now - HOP_S
         if left_s < LEAST_TIME_S - HOP_S:
@@ -332,18 +249,21 @@ class Request:
         submission = self.submission
         del submission.generated_prefix[:]
         submission.revision = ""
-        if self.journal.output_tokens:
+        if self.journal.tokens:
             submission.revision = target.revision
-            for choice, tokens in enumerate(self.journal.choices):
-                submission.generated_prefix.add(choice=choice, token_ids=tokens)
+            submission.generated_prefix.add(choice=submission.choice, token_ids=self.journal.tokens)
             self.resumptions += 1
             self._live.resumptions.inc(self.model, "resumed")
             self.sink.resumed(self.resumptions)
 
     # --- chunks ------------------------------------------------------------------------------------------------------------
 
+    def on_admitted(self, input_tokens: int) -> None:
+        """An engine took it and knows its prompt's length: that is what it costs, however it ends."""
+        self.input_tokens = input_tokens
+
     def on_token(self, epoch: int, index: int, token: int, text: str) -> None:
-        """One token of choice 0, and nothing else."""
+        """One token, and nothing else."""
         verdict = self.journal.accept_one(epoch, index, token)
         if verdict is NEW:
             if not self.first_at:
@@ -352,7 +272,7 @@ class Request:
         else:
             self._refused(verdict, index)
 
-    def on_chunk(self, epoch: int, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None) -> None:
+    def on_chunk(self, epoch: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None) -> None:
         """Any other chunk."""
         finish = 0
         if detail is not None:
@@ -361,14 +281,14 @@ class Request:
                     self._attempt_failed(error_from_status(detail.error), told=True)
                 return
             finish = int(detail.finish_reason)
-        verdict = self.journal.accept(epoch, choice, index, tokens, last=bool(finish))
+        verdict = self.journal.accept(epoch, index, tokens, last=bool(finish))
         if verdict is not NEW:
             self._refused(verdict, index)
             return
         if not self.first_at:
             self._first()
         if not finish:
-            self.sink.chunk(choice, index, tokens, text, detail, False)
+            self.sink.chunk(index, tokens, text, detail, False)
             return
         assert detail is not None
         if detail.HasField("usage"):
@@ -376,10 +296,7 @@ class Request:
             self.input_tokens, self._output_tokens = usage.input_tokens, usage.output_tokens
             self.reasoning_tokens, self.cached_input_tokens = usage.reasoning_tokens, usage.cached_input_tokens
         self.finish_reason = finish
-        if not self.journal.complete:
-            self.sink.chunk(choice, index, tokens, text, detail, False)
-            return
-        self.sink.chunk(choice, index, tokens, text, detail, True)
+        self.sink.chunk(index, tokens, text, detail, True)
         self._close("ok")
 
     def hold(self) -> None:
@@ -399,8 +316,7 @@ class Request:
     def _refused(self, verdict: Verdict, index: int) -> None:
         self._live.dropped.inc(verdict.value)
         if verdict is Verdict.GAP:
-            have = len(self.journal.first)
-            log.warning("gap in a stream", request_id=self.request_id, index=index, expected=have)
+            log.warning("gap in a stream", request_id=self.request_id, index=index, expected=self.progress)
             self._attempt_failed(EngineLost("the engine skipped tokens"), told=False)
 
     # --- failing and going on ----------------------------------------------------------------------------------------------
@@ -428,7 +344,7 @@ class Request:
                 self._live.resumptions.inc(self.model, "failed")
             self._finish(self._error)
             return
-        self._revision = target.revision if self.journal.output_tokens else ""
+        self._revision = target.revision if self.journal.tokens else ""
         self.journal.begin_epoch()
         if self._tried is None:
             self._tried = set()
@@ -437,7 +353,7 @@ class Request:
         self._again_at = time.monotonic() + max(error.retry_after_s or 0.0, SAME_AGAIN_S * 2 ** (attempts - 1))
         log.info(
             "request goes on elsewhere",
-            request_id=self.request_id, replica=target.replica_id, reason=error.reason, after_tokens=self.journal.output_tokens,
+            request_id=self.request_id, replica=target.replica_id, reason=error.reason, after_tokens=self.progress,
         )  # fmt: skip
         asyncio.get_running_loop().call_later(random.uniform(*JITTER_S), self._place)
 
@@ -455,7 +371,7 @@ class Request:
         self._retries += 1
         if not self._within_budget(error):
             return False
-        if self.journal.output_tokens and not target.capabilities.resume:
+        if self.journal.tokens and not target.capabilities.resume:
             self._forget()
         return True
 
@@ -532,6 +448,11 @@ class Request:
             cast("Session", target.link).forget(self._stream_id)
             if outcome == "ok":
                 target.outcomes.succeeded()
-        self._live.end(self, outcome, now)
+        if self._wait_until:
+            self._live.waiting.discard(self)
+        self._settle(outcome, now)
         sink, self.sink = self.sink, NOBODY
         return sink
+
+    def _settle(self, outcome: str, now: float) -> None:
+        self._live.end(self, outcome, now)

@@ -13,12 +13,13 @@ from inference_runtime.v1 import engine_service_pb2, gateway_service_pb2, gatewa
 from inference_runtime.wire import request_from_proto, seconds
 from services.gateway.auth import KeyRing
 from services.gateway.live import LiveRequests, new_id
-from services.gateway.request import needs_of
+from services.gateway.needs import needs_of
 from services.gateway.routes import RouteTable
 
 if TYPE_CHECKING:
     import grpc
 
+    from services.gateway.choices import Choices
     from services.gateway.request import Request
 
     Context = grpc.aio.ServicerContext[object, object]
@@ -36,44 +37,90 @@ RESUMED = "x-inference-resumed"
 MAX_ID_CHARS = 128
 
 
-class _CallSink:
+class _Call:
     """Keeps chunks for the one call that reads them. Bounded: a caller that stops reading loses its request."""
 
-    def __init__(self, request_id: str, deployment: str) -> None:
-        self._request_id, self._deployment = request_id, deployment
+    def __init__(self, request_id: str, deployment: str, choices: int) -> None:
+        self.request_id, self.deployment = request_id, deployment
+        self._choices = self._open = choices
         self._chunks: collections.deque[GenerateResponse] = collections.deque()
         self._wake = asyncio.Event()
         self._error: InferenceError | None = None
-        self._done = False
-        self.request: Request  # set by the servicer before anything is delivered
+        self.request: Request | Choices  # set by the servicer before anything is delivered
 
-    def _add(self, response: GenerateResponse) -> None:
+    def add(self, response: GenerateResponse) -> None:
+        """Keep a chunk."""
         self._chunks.append(response)
         self._wake.set()
         if len(self._chunks) > MAX_UNREAD_CHUNKS:
             self.request.abandon(Backpressure(f"the caller left {MAX_UNREAD_CHUNKS} chunks unread"))
 
+    def end_choice(self, response: GenerateResponse) -> None:
+        """Keep the last chunk of a choice. The last one of all carries the counts of the whole request."""
+        self._open -= 1
+        if self._open:
+            response.detail.ClearField("usage")
+        elif self._choices > 1:
+            request, usage = self.request, response.detail.usage
+            usage.input_tokens, usage.output_tokens = request.input_tokens, request.output_tokens
+            usage.reasoning_tokens, usage.cached_input_tokens = request.reasoning_tokens, request.cached_input_tokens
+        self.add(response)
+
+    def fail(self, error: InferenceError) -> None:
+        """The call ends with this, after what is kept."""
+        self._error = error
+        self._wake.set()
+
+    async def chunks(self) -> AsyncIterator[GenerateResponse]:
+        """The chunks, to the end. Raises the error that ended them."""
+        while True:
+            while self._chunks:
+                yield self._chunks.popleft()
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+
+class _CallSink:
+    """One choice of a call's answer."""
+
+    def __init__(self, call: _Call, choice: int) -> None:
+        self._call, self._choice = call, choice
+
     def token(self, index: int, token: int, text: str) -> None:
         """See `Sink`."""
-        self._add(
-            GenerateResponse(request_id=self._request_id, index=index, token_ids=(token,), text=text, deployment=self._deployment)
+        call = self._call
+        call.add(
+            GenerateResponse(
+                request_id=call.request_id,
+                choice=self._choice,
+                index=index,
+                token_ids=(token,),
+                text=text,
+                deployment=call.deployment,
+            )
         )
 
-    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+    def chunk(self, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
         """See `Sink`."""
+        call = self._call
         response = GenerateResponse(
-            request_id=self._request_id, choice=choice, index=index, token_ids=tokens, text=text, deployment=self._deployment
+            request_id=call.request_id, choice=self._choice, index=index, token_ids=tokens, text=text, deployment=call.deployment
         )
         if detail is not None:
             response.detail.CopyFrom(detail)
             response.detail.row = 0
-        self._done = self._done or done
-        self._add(response)
+        if done:
+            call.end_choice(response)
+        else:
+            call.add(response)
 
     def fail(self, error: InferenceError) -> None:
         """See `Sink`."""
-        self._error = error
-        self._wake.set()
+        self._call.fail(error)
 
     def hold(self) -> None:
         """Chunks wait in a queue anyway."""
@@ -86,18 +133,6 @@ class _CallSink:
 
     def resumed(self, count: int) -> None:
         """Trailing metadata tells, at the end."""
-
-    async def chunks(self) -> AsyncIterator[GenerateResponse]:
-        """The chunks, to the end. Raises the error that ended them."""
-        while True:
-            while self._chunks:
-                yield self._chunks.popleft()
-            if self._error is not None:
-                raise self._error
-            if self._done:
-                return
-            self._wake.clear()
-            await self._wake.wait()
 
 
 class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
@@ -124,20 +159,21 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         if request.HasField("timeout"):
             limit_s = min(limit_s, seconds(request.timeout))
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        sink = _CallSink(generation.request_id, generation.deployment)
-        live = sink.request = self._live.begin(
+        choices = generation.sampling.n or 1
+        call = _Call(generation.request_id, generation.deployment, choices)
+        sinks = [_CallSink(call, number) for number in range(choices)]
+        live = call.request = self._live.begin_choices(
             submission,
-            sink,
+            sinks,
             shows_at_once=True,
             needs=needs_of(generation.sampling),
-            choices=generation.sampling.n or 1,
             idempotent=generation.idempotent if generation.HasField("idempotent") else True,
             traceparent=metadata.get("traceparent", ""),
             time_limit_s=limit_s,
         )
         try:
             live.begin()
-            async for response in sink.chunks():
+            async for response in call.chunks():
                 yield response
             if live.resumptions:
                 context.set_trailing_metadata(((RESUMED, str(live.resumptions)),))

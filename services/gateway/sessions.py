@@ -52,11 +52,15 @@ SessionResponse = engine_service_pb2.SessionResponse
 class Receiver(Protocol):
     """A request, as a session sees it."""
 
-    def on_token(self, epoch: int, index: int, token: int, text: str) -> None:
-        """One token of choice 0, and nothing else."""
+    def on_admitted(self, input_tokens: int) -> None:
+        """The engine took it, and knows the length of its prompt."""
         ...
 
-    def on_chunk(self, epoch: int, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None) -> None:
+    def on_token(self, epoch: int, index: int, token: int, text: str) -> None:
+        """One token, and nothing else."""
+        ...
+
+    def on_chunk(self, epoch: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None) -> None:
         """Any other chunk."""
         ...
 
@@ -209,6 +213,10 @@ class Session:
 
     def _dispatch(self, frame: engine_service_pb2.ChunkFrame) -> None:
         """Hand the rows of a frame to their requests."""
+        if frame.admitted_ids:
+            for stream_id, input_tokens in zip(frame.admitted_ids, frame.admitted_input_tokens, strict=True):
+                if (admitted := self._streams.get(stream_id)) is not None:
+                    admitted.on_admitted(input_tokens)
         ids = list(frame.stream_ids)
         if len(ids) > 1 and len(set(ids)) != len(ids):
             held = [r for stream_id, n in Counter(ids).items() if n > 1 and (r := self._streams.get(stream_id)) is not None]
@@ -226,7 +234,7 @@ class Session:
         texts: Sequence[str] = frame.texts or ("",) * len(ids)
         epochs: Sequence[int] = frame.epochs or (0,) * len(ids)
         unknown = 0
-        if not frame.details and not frame.token_counts and not frame.choices:
+        if not frame.details and not frame.token_counts:
             for stream_id, epoch, index, token, text in zip(ids, epochs, indexes, frame.token_ids, texts, strict=True):
                 receiver = get(stream_id)
                 if receiver is None:
@@ -239,12 +247,9 @@ class Session:
         else:
             tokens = list(frame.token_ids)
             counts: Sequence[int] = frame.token_counts or (1,) * len(ids)
-            choices: Sequence[int] = frame.choices or (0,) * len(ids)
             details = {detail.row: detail for detail in frame.details}
             start = 0
-            for row, (stream_id, epoch, index, text, count, choice) in enumerate(
-                zip(ids, epochs, indexes, texts, counts, choices, strict=True)
-            ):
+            for row, (stream_id, epoch, index, text, count) in enumerate(zip(ids, epochs, indexes, texts, counts, strict=True)):
                 at, start = start, start + count
                 receiver = get(stream_id)
                 if receiver is None:
@@ -252,10 +257,10 @@ class Session:
                     continue
                 detail = details.get(row)
                 try:
-                    if detail is None and count == 1 and choice == 0:
+                    if detail is None and count == 1:
                         receiver.on_token(epoch, index, tokens[at], text)
                     else:
-                        receiver.on_chunk(epoch, choice, index, tokens[at:start], text, detail)
+                        receiver.on_chunk(epoch, index, tokens[at:start], text, detail)
                 except Exception as err:  # noqa: BLE001 - as above
                     self._fault(stream_id, receiver, err)
         if unknown:

@@ -16,7 +16,7 @@ from itertools import count
 from struct import Struct, pack
 
 from inference_runtime.errors import BadRequest, ContextPoisoned, ServerError, Unsupported
-from inference_runtime.generation import FinishReason, Message, Role, TextPart
+from inference_runtime.generation import MAX_CHOICES, FinishReason, Message, Role, TextPart
 from inference_runtime.runner import (
     Capabilities,
     Isolation,
@@ -275,7 +275,7 @@ class ScriptedRunner:
             model=self._config.model,
             transport=TransportKind.LOCAL_CPU,
             isolation=Isolation.THREAD,
-            capabilities=Capabilities(seed=True, resume=True, deterministic=True),
+            capabilities=Capabilities(seed=True, resume=True, max_choices=MAX_CHOICES, deterministic=True),
             max_context_tokens=self._context_tokens,
             max_batch=self._config.max_batch,
         )

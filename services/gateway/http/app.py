@@ -12,12 +12,15 @@ import msgspec
 from inference_runtime.errors import BadRequest, DeploymentNotFound, Forbidden, InferenceError, Internal, PayloadTooLarge
 from inference_runtime.telemetry import PROMETHEUS_CONTENT_TYPE, MetricSet, get_logger
 from services.gateway.auth import KeyRing
+from services.gateway.choices import Choices
+from services.gateway.http.choices import choice_sinks
 from services.gateway.http.errors import error_body, error_headers
 from services.gateway.http.openai import Asked, parse_chat, parse_completion
 from services.gateway.http.server import Connection, HttpRequest
 from services.gateway.http.sse import CHAT, COMPLETION, Shape, StreamSink, UnarySink
 from services.gateway.live import LiveRequests, new_id
-from services.gateway.request import needs_of
+from services.gateway.needs import needs_of
+from services.gateway.request import Request
 from services.gateway.routes import Route, RouteTable
 
 __all__ = ["HttpApp"]
@@ -97,20 +100,20 @@ class HttpApp:
         if tenant:
             generation.tenant = tenant
         sink: StreamSink | UnarySink
-        if asked.stream:
-            sink = StreamSink(connection, asked, shape)
-        else:
+        if not asked.stream:
             submission.coalesce_tokens = self._live.limits.unary_coalesce_tokens
-            sink = UnarySink(connection, asked, shape)
-        traceparent = headers.get(b"traceparent")
-        live = self._live.begin(
-            submission,
-            sink,
-            shows_at_once=asked.stream,
-            needs=() if asked.plain else needs_of(generation.sampling),
-            traceparent=traceparent.decode("latin-1") if traceparent else "",
-        )
-        sink.request = live
+        traceparent = (headers.get(b"traceparent") or b"").decode("latin-1")
+        needs = () if asked.plain else needs_of(generation.sampling)
+        live: Request | Choices
+        if asked.plain or generation.sampling.n <= 1:
+            sink = StreamSink(connection, asked, shape) if asked.stream else UnarySink(connection, asked, shape)
+            live = self._live.begin(submission, sink, shows_at_once=asked.stream, needs=needs, traceparent=traceparent)
+            sink.request = live
+        else:
+            sinks = choice_sinks(connection, asked, shape, generation.sampling.n)
+            live = self._live.begin_choices(submission, sinks, shows_at_once=asked.stream, needs=needs, traceparent=traceparent)
+            for sink in sinks:
+                sink.request = live
         connection.on_disconnect = live.cancel
         live.begin()
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from inference_runtime.errors import BadRequest, Unsupported
+from inference_runtime.generation import MAX_CHOICES
 from inference_runtime.v1 import engine_service_pb2, generation_pb2
 from inference_runtime.wire import MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
 
@@ -44,7 +45,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[Token, Bias] | None = None
@@ -132,7 +133,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "moderation": (None,),
-    "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
 }
@@ -211,8 +211,10 @@ def parse_completion(body: bytes) -> Asked:
         asked = _completion_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise _bad_body(err) from err
-    if (asked.best_of, asked.echo, asked.suffix) != (None, None, None):
+    if (asked.echo, asked.suffix) != (None, None):
         _refuse_extras(asked)
+    if asked.best_of is not None and asked.best_of != (asked.n or 1):
+        raise Unsupported("best_of is not offered by this version beyond n; leave it out", param="best_of", feature="best_of")
     if asked.logprobs is not None:
         raise Unsupported("log-probabilities are served by /v1/chat/completions only", param="logprobs", feature="logprobs")
     submission = Submission()
@@ -227,8 +229,6 @@ def parse_completion(body: bytes) -> Asked:
 
 
 def _asked(asked: _Common, submission: Submission, logprobs: bool) -> Asked:
-    if asked.n is not None and asked.n != 1:
-        raise BadRequest(f"n is {asked.n}; this version makes one choice for each request", param="n", code="invalid_value")
     options = asked.stream_options
     if options is not None and not asked.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options", code="invalid_value")
@@ -240,6 +240,7 @@ def _asked(asked: _Common, submission: Submission, logprobs: bool) -> Asked:
         or asked.logit_bias
         or asked.min_p
         or asked.repetition_penalty
+        or (asked.n or 1) > 1
     )
     return Asked(
         asked.model,
@@ -261,6 +262,8 @@ def _add_sampling(p: generation_pb2.SamplingParams, asked: _Common, max_tokens: 
         p.top_p = asked.top_p
     if asked.seed is not None:
         p.seed = asked.seed & SEED_BITS
+    if asked.n is not None and asked.n > 1:
+        p.n = asked.n
     if asked.stop is not None:
         p.stop.extend((asked.stop,) if isinstance(asked.stop, str) else asked.stop)
     if asked.presence_penalty:

@@ -17,6 +17,7 @@ from services.gateway.http.errors import error_body, error_headers
 from services.gateway.http.openai import Asked
 
 if TYPE_CHECKING:
+    from services.gateway.choices import Choices
     from services.gateway.http.server import Connection
     from services.gateway.request import Request
 
@@ -67,12 +68,12 @@ COMPLETION = Shape(
 )  # fmt: skip
 
 
-def _fingerprint(request: Request) -> bytes:
+def _fingerprint(request: Request | Choices) -> bytes:
     revision = request.revision
     return b'"fp_%b"' % revision.encode() if revision.isalnum() else b"null"
 
 
-def _usage_json(request: Request) -> bytes:
+def _usage_json(request: Request | Choices) -> bytes:
     prompt, output = request.input_tokens, request.output_tokens
     return (
         b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d},'
@@ -95,9 +96,12 @@ class _HttpSink:
 
     __slots__ = ("_asked", "_connection", "_shape", "request")
 
+    #: How a choice begins: with its number.
+    _label = b'{"index":0,'
+
     def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
         self._connection, self._asked, self._shape = connection, asked, shape
-        self.request: Request  # set by the app before anything is delivered
+        self.request: Request | Choices  # set by the app before anything is delivered
 
     def _head(self, what: bytes) -> bytes:
         """Up to the choices, the same for every object of an answer."""
@@ -134,7 +138,7 @@ class UnarySink(_HttpSink):
             self._texts.clear()  # started over
         self._texts.append(text)
 
-    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+    def chunk(self, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
         """See `Sink`."""
         if index == 0 and self._texts:
             self._texts.clear()
@@ -147,10 +151,15 @@ class UnarySink(_HttpSink):
         assert detail is not None
         shape = self._shape
         logprobs = _encode({"content": self._logprobs, "refusal": None}) if self._asked.logprobs else b"null"
-        body = b'%b{"index":0,%b%b%b,"logprobs":%b,"finish_reason":%b}],"usage":%b}' % (
-            self._head(shape.unary_object), shape.answer, _encode("".join(self._texts)), shape.answer_end, logprobs,
-            FINISH.get(detail.finish_reason, b'"stop"'), _usage_json(self.request),
+        choice = b'%b%b%b%b,"logprobs":%b,"finish_reason":%b}' % (
+            self._label, shape.answer, _encode("".join(self._texts)), shape.answer_end, logprobs,
+            FINISH.get(detail.finish_reason, b'"stop"'),
         )  # fmt: skip
+        self._complete(choice)
+
+    def _complete(self, choice: bytes) -> None:
+        """Send the answer, with this as its choices."""
+        body = b'%b%b],"usage":%b}' % (self._head(self._shape.unary_object), choice, _usage_json(self.request))
         self._connection.respond(200, body, extra=self._id_line() + self._resumed_line())
 
     def fail(self, error: InferenceError) -> None:
@@ -195,11 +204,11 @@ class StreamSink(_HttpSink):
         shape = self._shape
         self._opened = True
         self._tail = b'],"usage":null}\n\n' if self._asked.include_usage else b"]}\n\n"
-        self._before = b'data: %b{"index":0,%b' % (self._head(shape.event_object), shape.delta)
+        self._before = b"data: %b%b%b" % (self._head(shape.event_object), self._label, shape.delta)
         after = b'%b,"logprobs":null,"finish_reason":null}%b' % (shape.end, self._tail)
         self._fixed = len(self._before) + len(after)
         self._after = after + b"\r\n" if self._chunked else after
-        role = self._event(b'{"index":0,%b,"logprobs":null,"finish_reason":null}' % shape.first) if shape.first else b""
+        role = self._event(b'%b%b,"logprobs":null,"finish_reason":null}' % (self._label, shape.first)) if shape.first else b""
         return self._start() + role
 
     def _start(self) -> bytes:
@@ -207,6 +216,13 @@ class StreamSink(_HttpSink):
             return b""
         self._started = True
         return self._connection.stream_head(self._id_line() + TRAILER if self._chunked else self._id_line())
+
+    def _ending(self) -> bytes:
+        """What follows the last choice. b"" while another one goes on."""
+        usage = b""
+        if self._asked.include_usage:
+            usage = self._frame(b'data: %b],"usage":%b}\n\n' % (self._head(self._shape.event_object), _usage_json(self.request)))
+        return usage + self._frame(b"data: [DONE]\n\n") + self._end()
 
     def _end(self) -> bytes:
         """What ends the body, the trailer included."""
@@ -234,26 +250,25 @@ class StreamSink(_HttpSink):
         self.token(0, 0, text)
         self._connection.release()
 
-    def chunk(self, choice: int, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
+    def chunk(self, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
         """See `Sink`."""
         pieces: list[bytes] = [] if self._opened else [self._open()]
         shape = self._shape
         entries = _logprobs(detail) if detail is not None and self._asked.logprobs else []
         if text or entries:
             logprobs = _encode({"content": entries, "refusal": None}) if entries else b"null"
-            event = b'{"index":0,%b%b%b,"logprobs":%b,"finish_reason":null}' % (shape.delta, _encode(text), shape.end, logprobs)
-            pieces.append(self._event(event))
+            delta = b"%b%b%b%b" % (self._label, shape.delta, _encode(text), shape.end)
+            pieces.append(self._event(b'%b,"logprobs":%b,"finish_reason":null}' % (delta, logprobs)))
+        ending = b""
         if done:
             assert detail is not None
             reason = FINISH.get(detail.finish_reason, b'"stop"')
-            pieces.append(self._event(b'{"index":0,%b,"logprobs":null,"finish_reason":%b}' % (shape.empty, reason)))
-            if self._asked.include_usage:
-                head = self._head(shape.event_object)
-                pieces.append(self._frame(b'data: %b],"usage":%b}\n\n' % (head, _usage_json(self.request))))
-            pieces.append(self._frame(b"data: [DONE]\n\n") + self._end())
+            pieces.append(self._event(b'%b%b,"logprobs":null,"finish_reason":%b}' % (self._label, shape.empty, reason)))
+            ending = self._ending()
+            pieces.append(ending)
         if pieces:
             self._send(b"".join(pieces))
-        if done:
+        if ending:
             self._connection.finish()
 
     def fail(self, error: InferenceError) -> None:

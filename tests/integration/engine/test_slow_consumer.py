@@ -50,6 +50,9 @@ class Outlet:
         self.chunks: list[TokenChunk] = []
         self.errors: list[Exception] = []
 
+    def admitted(self, stream: Stream, input_tokens: int) -> None:
+        pass
+
     def chunk(self, stream: Stream, chunk: TokenChunk) -> None:
         self.chunks.append(chunk)
 

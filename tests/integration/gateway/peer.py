@@ -126,6 +126,14 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
                 detail.row = at
         self._out.put_nowait(response)
 
+    def send_admitted(self, *admitted: tuple[engine_service_pb2.Submission, int]) -> None:
+        """Tell of admissions, with the length of each prompt."""
+        response = engine_service_pb2.SessionResponse()
+        for submission, input_tokens in admitted:
+            response.frame.admitted_ids.append(submission.stream_id)
+            response.frame.admitted_input_tokens.append(input_tokens)
+        self._out.put_nowait(response)
+
     def send_raw(self, response: engine_service_pb2.SessionResponse) -> None:
         """Send any message."""
         self._out.put_nowait(response)
@@ -156,7 +164,7 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
             revision=revision,
             state=common_pb2.REPLICA_STATE_SERVING,
             runtime="scripted",
-            capabilities=common_pb2.Capabilities(chat=True, completion=True, resume=resume, seed=True),
+            capabilities=common_pb2.Capabilities(chat=True, completion=True, resume=resume, seed=True, max_choices=8),
             max_context_tokens=4096,
         )
 

@@ -84,6 +84,8 @@ class BreakingEngine(Peer):
         self._tasks, self._break_at = tasks, break_at
         self._runner = SteppedRunner(codec, lambda: RUNTIME.make_runner(CONFIG), CONFIG)
         self.cut_stream = False
+        #: Where the first attempt of a choice breaks, by choice.
+        self.break_choice_at: dict[int, int] = {}
         #: Prefixes that attempts went on from.
         self.prefixes: list[list[int]] = []
 
@@ -99,12 +101,12 @@ class BreakingEngine(Peer):
                 self._tasks.create_task(self._answer(submission))
 
     async def _answer(self, s: engine_service_pb2.Submission) -> None:
-        break_at = self._break_at() if s.epoch == 0 else None
+        break_at = self.break_choice_at.get(s.choice, self._break_at()) if s.epoch == 0 else None
         prefix = list(s.generated_prefix[0].token_ids) if s.generated_prefix else []
         if s.epoch:
             self.prefixes.append(prefix)
         rows: list[Row] = []
-        chunks = self._runner.execute(request_from_proto(s.request), prefix)
+        chunks = self._runner.execute(request_from_proto(s.request), prefix, s.choice)
         async with aclosing(cast(AsyncGenerator[TokenChunk, None], chunks)):
             async for chunk in chunks:
                 if chunk.index == break_at:
@@ -165,7 +167,7 @@ async def ask(gateway: Gateway, case: Case, stream: bool) -> Got:
         answer = response.json()
         choice, usage = answer["choices"][0], answer["usage"]
         return Got(choice["message"]["content"], choice["finish_reason"], usage["completion_tokens"], usage["prompt_tokens"])
-    data = [line[6:] for line in response.text.split("\n\n") if line.startswith("data: ")]
+    data = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
     assert data[-1] == "[DONE]", response.text
     events: Sequence[Any] = [json.loads(d) for d in data[:-1]]
     choices = [c for e in events for c in e["choices"]]

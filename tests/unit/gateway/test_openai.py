@@ -36,7 +36,7 @@ def test_a_request_becomes_the_same_submission_that_the_codec_makes() -> None:
             {"role": "assistant", "content": "c"},
         ],
         max_completion_tokens=9, temperature=0.5, top_p=0.25, top_k=4, min_p=0.125, stop=["x", "y"], seed=11,
-        presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5, logit_bias={"5": -100, "6": 2.5},
+        presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5, logit_bias={"5": -100, "6": 2.5}, n=3,
         logprobs=True, top_logprobs=3, min_tokens=2, ignore_eos=True, stop_token_ids=[1, 2],
     )  # fmt: skip
     value = g.GenerationRequest(
@@ -51,7 +51,7 @@ def test_a_request_becomes_the_same_submission_that_the_codec_makes() -> None:
         ),
         sampling=g.SamplingParams(
             max_tokens=9, temperature=0.5, top_p=0.25, top_k=4, min_p=0.125, stop=("x", "y"), seed=11, presence_penalty=1,
-            frequency_penalty=-1, repetition_penalty=1.5, logit_bias={5: -100, 6: 2.5}, top_logprobs=3, min_tokens=2,
+            frequency_penalty=-1, repetition_penalty=1.5, logit_bias={5: -100, 6: 2.5}, top_logprobs=3, n=3, min_tokens=2,
             ignore_eos=True, stop_token_ids=(1, 2),
         ),
     )  # fmt: skip
@@ -70,7 +70,7 @@ def test_what_is_not_given_stays_absent() -> None:
             "temperature": st.floats(-1, 3), "top_p": st.floats(-0.5, 1.5), "min_p": st.floats(-0.5, 1.5),
             "top_k": st.integers(-2, 5),
             "presence_penalty": st.floats(-3, 3), "frequency_penalty": st.floats(-3, 3), "repetition_penalty": st.floats(-1, 11),
-            "stop": st.lists(st.text(max_size=2), max_size=18), "max_tokens": st.integers(1, 9), "min_tokens": st.integers(0, 12),
+            "stop": st.lists(st.text(max_size=2), max_size=6), "max_tokens": st.integers(1, 9), "min_tokens": st.integers(0, 12),
         },
     )
 )  # fmt: skip
@@ -122,10 +122,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "demo", "messages": [USER], "max_tokens": 1.5}, "max_tokens", "invalid_type"),
     ({"model": "demo", "messages": [USER], "max_tokens": 10**30}, "max_tokens", "invalid_value"),
     ({"model": "demo", "messages": [USER], "max_tokens": True}, "max_tokens", "invalid_type"),
-    ({"model": "demo", "messages": [USER], "n": 2}, "n", "invalid_value"),
+    ({"model": "demo", "messages": [USER], "n": 9}, "n", "invalid_value"),
     ({"model": "demo", "messages": [USER], "n": 0}, "n", "invalid_value"),
+    ({"model": "demo", "messages": [USER], "n": "two"}, "n", "invalid_type"),
     ({"model": "demo", "messages": [USER], "stop": [1]}, "stop[0]", "invalid_type"),
-    ({"model": "demo", "messages": [USER], "stop": ["x"] * 17}, "stop", "invalid_value"),
+    ({"model": "demo", "messages": [USER], "stop": ["x"] * 5}, "stop", "invalid_value"),
     ({"model": "demo", "messages": [USER], "stop": ""}, "stop", "invalid_value"),
     ({"model": "demo", "messages": [USER], "stream": "yes"}, "stream", "invalid_type"),
     ({"model": "demo", "messages": [USER], "stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from inference_runtime.errors import BadRequest, ContextLengthExceeded, Internal
-from inference_runtime.generation import TokenLogprob, TopLogprob
+from inference_runtime.generation import MAX_CHOICES, TokenLogprob, TopLogprob
 from inference_runtime.runner import (
     Capabilities,
     Codec,
@@ -216,7 +216,7 @@ class TorchRunner:
                 logprobs=True,
                 seed=True,
                 resume=True,
-                max_choices=self._config.max_batch,
+                max_choices=MAX_CHOICES,
                 deterministic=self._dtype == torch.float32,
                 penalties=True,
                 logit_bias=True,
