@@ -34,7 +34,7 @@ log = get_logger(__name__)
 FILE = "routes.bin"
 FORMAT = "inference-runtime routes 1"
 #: A table changes in bursts, and is written at most this often, seconds.
-WRITE_INTERVAL_S = 0.5
+WRITE_INTERVAL_S = 0.2
 #: Pause after a write that failed, seconds. The disk may be full.
 RETRY_S = 10.0
 #: A file larger than this was not written here.
