@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from inference_runtime.client import InferenceClient
 from inference_runtime.errors import InferenceError
 from inference_runtime.generation import SamplingParams
 from inference_runtime.testing.history import Stream
 
-__all__ = ["MODEL", "PATIENCE_S", "Answer", "Broken", "Failed", "Outcome", "Refused", "over_grpc", "over_http"]
+__all__ = ["MODEL", "PATIENCE_S", "Answer", "Broken", "Failed", "Outcome", "Refused", "over_grpc", "over_http", "verdict_on"]
 
 MODEL = "echo"
 #: Seconds after which an answer that has not come counts as none.
@@ -157,13 +157,36 @@ async def _events(reader: asyncio.StreamReader, answer: Answer, first: Callable[
     raise Broken("the stream ended without [DONE]")
 
 
+async def verdict_on(address: str, prompt: str, *, tokens: int, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
+    """Ask host:port for a whole answer to a prompt that may not be answered: the status, and what was said.
+
+    Raises:
+        TimeoutError: Nothing was said in time.
+        Broken: The connection ended instead.
+    """
+    host, _, port = address.rpartition(":")
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(host, int(port), limit=LINE_BYTES)
+        try:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+            writer.write(_post(body))
+            head, _, said = (await reader.read()).partition(b"\r\n\r\n")
+            return int(head.split(maxsplit=2)[1]), said.decode(errors="replace")
+        except (OSError, IndexError) as err:
+            raise Broken("the connection ended without an answer") from err
+        finally:
+            writer.close()
+
+
 def _request(answer: Answer) -> bytes:
     record = answer.record
     assert not isinstance(record.messages, str)
     messages = [{"role": "user", "content": message.text} for message in record.messages]
-    body = json.dumps(
-        {"model": answer.model, "messages": messages, "seed": record.seed, "max_tokens": record.tokens, "stream": True}
-    ).encode()
+    return _post({"model": answer.model, "messages": messages, "seed": record.seed, "max_tokens": record.tokens, "stream": True})
+
+
+def _post(fields: dict[str, Any]) -> bytes:
+    body = json.dumps(fields).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: faults\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
     return f"{head}content-type: application/json\r\n\r\n".encode() + body
 

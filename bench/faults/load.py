@@ -54,6 +54,11 @@ class Load:
         #: Probes stay away from these gateways: they are dead on purpose.
         self.probed = list(range(len(self._addresses)))
 
+    @property
+    def gateways(self) -> int:
+        """How many there are to ask."""
+        return len(self._addresses)
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load runs during the body; afterwards every request has come to its end."""

@@ -13,7 +13,7 @@ from typing import Any
 from bench.faults.fencing import leader_writes, read_history
 from bench.faults.judge import Run, judge
 from bench.faults.load import MODEL, Load
-from bench.faults.scene import LEASE_TTL_S, Cell, Scene
+from bench.faults.scene import LEASE_TTL_S, Cell, Scene, told_file
 from inference_runtime.errors import InferenceError
 from inference_runtime.testing.cluster import Cluster
 from inference_runtime.testing.faults import FaultNotVerified
@@ -33,8 +33,8 @@ async def run_cell(cell: Cell, seed: int, *, full: bool = False) -> Run:
     """
     rng = random.Random(f"{cell.id} {seed}")
     shape = {"engines": cell.engines, "gateways": 2, "singletons": cell.singletons, "lease_ttl_s": LEASE_TTL_S}
-    async with Cluster(**{**shape, **cell.cluster}) as cluster:
-        await cluster.apply(_deployment(cell, rng))
+    async with Cluster(**{**shape, **cell.cluster, **({} if full else cell.quick_cluster)}) as cluster:
+        await cluster.apply(_deployment(cell, rng, cluster))
         await cluster.wait_serving(MODEL)
         load = Load(cluster, streams=cell.streams, tokens=cell.tokens, rng=rng, elsewhere=cell.gateways_die)
         scene = Scene(cell, cluster, load, rng, full)
@@ -47,11 +47,11 @@ async def run_cell(cell: Cell, seed: int, *, full: bool = False) -> Run:
             try:
                 await cell.act(scene)
                 await asyncio.sleep(AFTER_S)
-            except FaultNotVerified as err:
+            except* FaultNotVerified as group:
                 scene.verified = False
-                scene.problems.append(str(err))
-            except (InferenceError, TimeoutError) as err:
-                scene.problems.append(f"{type(err).__name__}: {err}")
+                scene.problems += map(str, leaves(group))
+            except* (InferenceError, TimeoutError) as group:
+                scene.problems += [f"{type(err).__name__}: {err}" for err in leaves(group)]
             finally:
                 stop.set()
         writes = leader_writes(await read_history(cluster.etcd, scene.history_from), scene.standing)
@@ -74,14 +74,24 @@ async def run_cell(cell: Cell, seed: int, *, full: bool = False) -> Run:
     )
 
 
-def _deployment(cell: Cell, rng: random.Random) -> dict[str, Any]:
+def _deployment(cell: Cell, rng: random.Random, cluster: Cluster) -> dict[str, Any]:
     options: dict[str, Any] = {"pace_s": cell.pace_s}
+    if cell.told:
+        options["faults_file"] = str(told_file(cluster))
     if cell.id == "R-04":
         # Late enough for every stream to be under way, and so late that the next context is not asked for as much.
         options["sticky_at_token"] = rng.randrange(13_000, 16_000)
     base = {"name": MODEL, "model": "scripted", "runtime": "scripted", "runtime_config": options}
     whole = {**base, "replicas": cell.replicas, "serving": {"max_concurrent": 128}, **cell.deployment}
     return whole | {"runtime_config": options | dict(cell.deployment.get("runtime_config", {}))}
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group and of all groups in it."""
+    found = []
+    for err in group.exceptions:
+        found += leaves(err) if isinstance(err, BaseExceptionGroup) else [err]
+    return found
 
 
 async def _churn(cluster: Cluster, stop: asyncio.Event) -> None:

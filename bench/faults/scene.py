@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench.faults.load import Answer, Load
@@ -16,7 +17,7 @@ from inference_runtime.coordination.kv import KeyValue
 from inference_runtime.testing.cluster import Cluster
 from inference_runtime.testing.faults import Fault, FaultNotVerified, injected
 
-__all__ = ["LEASE_TTL_S", "PACE_S", "VISIBLE_S", "Cell", "Scene"]
+__all__ = ["LEASE_TTL_S", "PACE_S", "VISIBLE_S", "Cell", "Scene", "told_file"]
 
 #: Leases are shorter than a deployment's 10 s, so that a cell in which they run out ends soon.
 LEASE_TTL_S = 3.0
@@ -49,6 +50,8 @@ class Cell:
         gateways_die: Gateways are taken down: their clients ask another one when they are refused.
         limits: Largest value of each figure that the cell measures by itself; one that was not measured is over its limit.
         cluster: More arguments of the cluster.
+        quick_cluster: Those of a short run, where they differ.
+        told: Processes that step can be told to hang or to be slow (`Scene.told`).
     """
 
     id: str
@@ -69,12 +72,19 @@ class Cell:
     gateways_die: bool = False
     limits: Mapping[str, float] = field(default_factory=dict)
     cluster: Mapping[str, Any] = field(default_factory=dict)
+    quick_cluster: Mapping[str, Any] = field(default_factory=dict)
+    told: bool = False
 
     def excesses(self, figures: Mapping[str, float]) -> list[str]:
         """What is over its limit, or was not measured: a sentence each."""
         missing = [f"{name} was not measured (limit {limit:g})" for name, limit in self.limits.items() if name not in figures]
         over = {name: value for name, value in figures.items() if value > self.limits.get(name, math.inf)}
         return missing + [f"{name} is {value:g}, over {self.limits[name]:g}" for name, value in over.items()]
+
+
+def told_file(cluster: Cluster) -> Path:
+    """Where the scripted deployment of a cluster looks for what it is told."""
+    return cluster.folder / "told"
 
 
 @dataclass(slots=True)
@@ -103,6 +113,11 @@ class Scene:
     history_from: int = 1
     standing: list[KeyValue] = field(default_factory=list)
 
+    @property
+    def told(self) -> Path:
+        """The file that tells processes how their steps are to fare."""
+        return told_file(self.cluster)
+
     def pick(self, service: str) -> str:
         """A random process of a service, by name."""
         return self.rng.choice(self.cluster.local.of(service)).spec.name
@@ -130,11 +145,22 @@ class Scene:
         self.until = time.monotonic()
         self.faults += 1
 
-    async def visible(self, condition: Callable[[], Awaitable[bool]], complaint: str) -> None:
-        """Return once a condition holds. Raises FaultNotVerified."""
+    async def seconds_until(self, condition: Callable[[], Awaitable[bool]], since: float | None = None) -> float:
+        """Seconds from `since` (now) until a condition holds, which is a promise. At least `VISIBLE_S` when it never does."""
+        since = time.monotonic() if since is None else since
         try:
             async with asyncio.timeout(VISIBLE_S):
                 while not await condition():  # noqa: ASYNC110 - etcd and the process table are looked at
                     await asyncio.sleep(0.02)
+        except TimeoutError:
+            return max(time.monotonic() - since, VISIBLE_S)
+        return time.monotonic() - since
+
+    async def visible(self, condition: Callable[[], Awaitable[bool]], complaint: str, within_s: float = VISIBLE_S) -> None:
+        """Return once a condition holds. Raises FaultNotVerified."""
+        try:
+            async with asyncio.timeout(within_s):
+                while not await condition():  # noqa: ASYNC110 - etcd and the process table are looked at
+                    await asyncio.sleep(0.02)
         except TimeoutError as err:
-            raise FaultNotVerified(f"{complaint} within {VISIBLE_S:g} s") from err
+            raise FaultNotVerified(f"{complaint} within {within_s:g} s") from err

@@ -28,6 +28,7 @@ async def test_under_this_fault_nothing_is_lost_doubled_or_foreign(name: str) ->
     assert run.verified, told
     assert (run.lost, run.duplicated, run.foreign, run.failed, run.second_leader_effects) == (0, 0, 0, 0, 0), told
     assert run.problems == (), told
+    assert cell.excesses(run.figures) == [], told
     assert run.unavailable_s <= max(cell.unavailable_s, FOUND_S if name == "R-03" else 0), told
     assert run.stall_p99_s <= max(cell.stall_s, STALL_S), told
     assert run.broken == 0 or cell.gateways_die, told
