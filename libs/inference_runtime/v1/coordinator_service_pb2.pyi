@@ -114,3 +114,29 @@ class ListReplicasResponse(_message.Message):
     replicas: _containers.RepeatedCompositeFieldContainer[_common_pb2.Replica]
     loads: _containers.RepeatedCompositeFieldContainer[_common_pb2.ReplicaLoad]
     def __init__(self, replicas: _Optional[_Iterable[_Union[_common_pb2.Replica, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[_common_pb2.ReplicaLoad, _Mapping]]] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("leading", "fencing_token", "store_refusal", "routes_frozen", "degraded", "engines", "silent_engines", "watchers", "revision")
+    LEADING_FIELD_NUMBER: _ClassVar[int]
+    FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STORE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FROZEN_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    SILENT_ENGINES_FIELD_NUMBER: _ClassVar[int]
+    WATCHERS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    leading: bool
+    fencing_token: _common_pb2.FencingToken
+    store_refusal: str
+    routes_frozen: bool
+    degraded: _containers.RepeatedScalarFieldContainer[str]
+    engines: int
+    silent_engines: int
+    watchers: int
+    revision: int
+    def __init__(self, leading: bool = ..., fencing_token: _Optional[_Union[_common_pb2.FencingToken, _Mapping]] = ..., store_refusal: _Optional[str] = ..., routes_frozen: bool = ..., degraded: _Optional[_Iterable[str]] = ..., engines: _Optional[int] = ..., silent_engines: _Optional[int] = ..., watchers: _Optional[int] = ..., revision: _Optional[int] = ...) -> None: ...

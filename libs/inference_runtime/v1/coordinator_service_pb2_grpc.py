@@ -66,6 +66,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.ListReplicasRequest.SerializeToString,
                 response_deserializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.ListReplicasResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/inference_runtime.v1.CoordinatorService/GetStatus',
+                request_serializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -115,6 +120,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """GetStatus tells how this coordinator is doing. A follower answers, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +159,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ListReplicas,
                     request_deserializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.ListReplicasRequest.FromString,
                     response_serializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.ListReplicasResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.GetStatusRequest.FromString,
+                    response_serializer=inference__runtime_dot_v1_dot_coordinator__service__pb2.GetStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +330,33 @@ class CoordinatorService(object):
             '/inference_runtime.v1.CoordinatorService/ListReplicas',
             inference__runtime_dot_v1_dot_coordinator__service__pb2.ListReplicasRequest.SerializeToString,
             inference__runtime_dot_v1_dot_coordinator__service__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_runtime.v1.CoordinatorService/GetStatus',
+            inference__runtime_dot_v1_dot_coordinator__service__pb2.GetStatusRequest.SerializeToString,
+            inference__runtime_dot_v1_dot_coordinator__service__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,
