@@ -72,7 +72,7 @@ def misfit(need: Need, engine: common_pb2.Engine) -> str:
         found = engine.node.labels.get(label)
         if found != value:
             return f"its node has {label}={found}, not {value}" if found is not None else f"its node has no label {label}={value}"
-    if need.accelerators > len(engine.node.accelerators):
+    if need.accelerators and need.accelerators > len(engine.node.accelerators):
         return f"its node has {len(engine.node.accelerators)} accelerators, {need.accelerators} are needed"
     return ""
 
@@ -90,7 +90,7 @@ def place(
     """
     of_this = Counter(booking.engine_id for booking in held if booking.deployment == need.deployment)
     of_all = Counter(booking.engine_id for booking in held)
-    taken = frozenset(device for booking in held for device in booking.devices())
+    taken = frozenset(device for booking in held if booking.accelerators for device in booking.devices())
     reasons: dict[str, str] = {}
     choices: list[tuple[tuple[int, int, str], Booking]] = []
     for engine in engines:

@@ -10,7 +10,7 @@ import asyncio
 import datetime
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from inference_runtime.coordination import Compare, EtcdOutcomeUnknown, EtcdUnavailable, Op, Term, TxnResult, keys
 from inference_runtime.telemetry import get_logger
@@ -25,6 +25,8 @@ log = get_logger(__name__)
 
 #: Places and removals of one transaction; etcd takes 128 operations. What is left over follows in the next.
 MAX_STEPS = 50
+#: Deployments looked at in one turn of the loop.
+LOOKS_PER_TURN = 100
 #: Pause before a write is tried again while etcd does not answer, seconds.
 RETRY_S = 0.2
 
@@ -42,6 +44,9 @@ class Reconciler:
     def __init__(self, view: View, term: Term, settle_s: float, engine_gone_s: float) -> None:
         self._view, self._term = view, term
         self._settle_s, self._engine_gone_s = settle_s, engine_gone_s
+        #: Deployments that something changed for, and those that are not yet where they should be.
+        self._open: set[str] = set()
+        self._gone: Collection[str] = ()
 
     async def run(self) -> None:
         """Reconcile until cancelled.
@@ -75,14 +80,23 @@ class Reconciler:
         return None if next_s is None else max(0.0, next_s - time.monotonic())
 
     async def _look(self) -> None:
-        """One look at everything, one step for each deployment that needs one."""
-        for name in sorted(self._view.deployments):
+        """One step for each deployment that needs one. Those that nothing changed for since they were settled are not looked at:
+        with thousands of them a look at all would take longer than changes are apart."""
+        self._open |= self._view.take_touched()
+        gone = self._view.world(self._engine_gone_s).gone
+        if gone != self._gone:
+            self._gone = gone
+            self._open |= self._view.deployments.keys()
+        for count, name in enumerate(sorted(self._open)):
+            if count % LOOKS_PER_TURN == LOOKS_PER_TURN - 1:
+                await asyncio.sleep(0)  # the lease is kept alive on this loop, too
             record = self._view.deployments.get(name)
-            if record is not None:
-                await self._follow(name, record)
+            if record is None or await self._follow(name, record):
+                self._open.discard(name)
         await self._sweep()
 
-    async def _follow(self, name: str, record: deployment_pb2.Deployment) -> None:
+    async def _follow(self, name: str, record: deployment_pb2.Deployment) -> bool:
+        """Take the next step for a deployment. Returns whether it is where it should be."""
         plan = plan_deployment(record, self._view.world(self._engine_gone_s))
         now = datetime.datetime.now(datetime.UTC)
         updated = with_status(record, plan.state, plan.reason, plan.ready, now)
@@ -95,15 +109,16 @@ class Reconciler:
         elif updated != record:
             result = await self._commit(name, [Op.put(key, updated.SerializeToString())])
         else:
-            return
+            return plan.state == deployment_pb2.DEPLOYMENT_STATE_SERVING
         if not result.succeeded:  # somebody changed the record; the view is about to say so
-            return
+            return False
         if plan.place or plan.remove:
             log.info("deployment moved on", deployment=name, placed=len(plan.place), removed=len(plan.remove))
         if updated.status.state != record.status.state:
             state = deployment_pb2.DeploymentState.Name(plan.state).removeprefix("DEPLOYMENT_STATE_").lower()
             log.info("deployment changed state", deployment=name, state=state, reason=plan.reason)
         await self._view.reach(result.revision)
+        return False  # looked at once more, after this change
 
     async def _sweep(self) -> None:
         """Take back assignments whose deployment does not exist."""

@@ -30,6 +30,10 @@ class World:
         replicas: All that are registered, by id.
         leaving: Assignments that were taken back while their replica still runs and holds its devices.
         hosts: Host name by engine id, also of engines that are missing.
+        by_deployment: The assignments again, by deployment and replica id, from whoever keeps that up to date. Empty: they are
+            searched.
+        booked: What assignments book, as far as somebody worked it out, by replica id. Filled here; dropping an entry of an
+            assignment or of a host that changed is the keeper's part.
     """
 
     engines: Mapping[str, common_pb2.Engine]
@@ -38,12 +42,30 @@ class World:
     replicas: Mapping[str, common_pb2.Replica]
     leaving: Sequence[common_pb2.Assignment] = ()
     hosts: Mapping[str, str] = field(default_factory=dict)
+    by_deployment: Mapping[str, Mapping[str, common_pb2.Assignment]] = field(default_factory=dict)
+    booked: dict[str, Booking] = field(default_factory=dict)
+
+    def of(self, deployment: str) -> list[common_pb2.Assignment]:
+        """The assignments of a deployment, the oldest generation first."""
+        if self.by_deployment:
+            found = list(self.by_deployment.get(deployment, {}).values())
+        else:
+            found = [a for a in self.assignments.values() if a.deployment == deployment]
+        return sorted(found, key=lambda a: (a.generation, a.replica_id))
 
     def bookings(self, without: Collection[str] = (), leaving: bool = True) -> list[Booking]:
         """What is held: by every assignment but those named and those of engines that are gone, and by what is leaving."""
-        held = [a for a in self.assignments.values() if a.replica_id not in without and a.engine_id not in self.gone]
-        held += [a for a in self.leaving if leaving and a.engine_id not in self.gone]
-        return [Booking(a.deployment, a.engine_id, self.host(a.engine_id), tuple(a.accelerators)) for a in held]
+        held = [self._booking(i, a) for i, a in self.assignments.items() if i not in without]
+        held += [self._booking(a.replica_id, a) for a in self.leaving if leaving]
+        return [booking for booking in held if booking.engine_id not in self.gone] if self.gone else held
+
+    def _booking(self, replica_id: str, assignment: common_pb2.Assignment) -> Booking:
+        booking = self.booked.get(replica_id)
+        if booking is None:
+            engine_id = assignment.engine_id
+            booking = Booking(assignment.deployment, engine_id, self.host(engine_id), tuple(assignment.accelerators))
+            self.booked[replica_id] = booking
+        return booking
 
     def host(self, engine_id: str) -> str:
         """The host of an engine, as last known."""
@@ -89,10 +111,7 @@ def need_of(deployment: deployment_pb2.Deployment) -> Need:
 
 def plan_deployment(deployment: deployment_pb2.Deployment, world: World) -> Plan:
     """The next steps for one deployment. Asked again after each change until there are none."""
-    mine = sorted(
-        (a for a in world.assignments.values() if a.deployment == deployment.spec.name),
-        key=lambda a: (a.generation, a.replica_id),
-    )
+    mine = world.of(deployment.spec.name)
     if deployment.deleting:
         return _plan_deletion(deployment, mine, world)
     need, wanted = need_of(deployment), deployment.spec.replicas
@@ -171,7 +190,9 @@ def _place_missing(
         loading = sum(not _serves(a, world) for a in current)
         missing = min(missing, max(0, SURGE - loading))
     placed: list[Booking] = []
-    held, closed = world.bookings(), world.closed_hosts()
+    if not missing:
+        return placed, None
+    held, closed = world.bookings(), world.closed_hosts() if need.accelerators else frozenset[str]()
     for _ in range(missing):
         choice = place(need, world.engines.values(), held, closed)
         if isinstance(choice, Refusal):

@@ -16,7 +16,7 @@ from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, key
 from inference_runtime.errors import BadRequest
 from inference_runtime.telemetry import get_logger
 from inference_runtime.v1 import common_pb2, deployment_pb2
-from services.deployment_manager.placement import host_of
+from services.deployment_manager.placement import Booking, host_of
 from services.deployment_manager.rollout import World
 
 __all__ = ["View", "Watcher"]
@@ -45,11 +45,15 @@ class View:
         #: registered engines, by id
         self.engines: dict[str, common_pb2.Engine] = {}
         self._assignments: dict[str, common_pb2.Assignment] = {}
+        self._by_deployment: dict[str, dict[str, common_pb2.Assignment]] = {}
+        self._booked: dict[str, Booking] = {}
         self._replicas: dict[str, common_pb2.Replica] = {}
         #: which record each key holds: its kind, and its name or id
         self._keys: dict[str, tuple[str, str]] = {}
         self._leaving: dict[str, common_pb2.Assignment] = {}
         self._hosts: dict[str, str] = {}
+        self._touched: set[str] = set()
+        self._engines_touched = False
         self._changed = asyncio.Event()
         self._watchers: set[Watcher] = set()
         #: mod revision of each deployment's record, by name
@@ -90,6 +94,15 @@ class View:
         finally:
             self._changed.clear()
 
+    def take_touched(self) -> set[str]:
+        """Deployments that something changed for since the last call: their record, a replica, an assignment; all of them when an
+        engine came, changed or went."""
+        touched, self._touched = self._touched, set()
+        if self._engines_touched:
+            self._engines_touched = False
+            touched |= self.deployments.keys()
+        return touched
+
     async def reach(self, revision: int) -> None:
         """Wait until a write of ours, made at this revision, is seen."""
         while self.revision < revision:
@@ -106,6 +119,8 @@ class View:
             replicas=self._replicas,
             leaving=[a for a in self._leaving.values() if a.replica_id in self._replicas],
             hosts=self._hosts,
+            by_deployment=self._by_deployment,
+            booked=self._booked,
         )
 
     def end(self) -> None:
@@ -146,14 +161,21 @@ class View:
             case common_pb2.Engine():
                 self._keys[kv.key] = prefix, record.id
                 self.engines[record.id] = record
-                self._hosts[record.id] = host_of(record)
+                self._engines_touched = True
+                if self._hosts.get(record.id) != host_of(record):
+                    self._hosts[record.id] = host_of(record)
+                    self._booked.clear()
             case common_pb2.Assignment():
                 self._keys[kv.key] = prefix, record.replica_id
+                self._drop_assignment(record.replica_id)
+                self._touched.add(record.deployment)
                 self._assignments[record.replica_id] = record
+                self._by_deployment.setdefault(record.deployment, {})[record.replica_id] = record
                 self._leaving.pop(record.replica_id, None)
             case common_pb2.Replica():
                 self._keys[kv.key] = prefix, record.id
                 self._replicas[record.id] = record
+                self._touched.add(record.deployment)
 
     def _remove(self, key: str) -> None:
         match self._keys.pop(key, ("", "")):
@@ -162,14 +184,29 @@ class View:
                 self._catalogue_changed(name, 0)
             case keys.ENGINES, engine_id:
                 del self.engines[engine_id]
+                self._engines_touched = True
             case keys.ASSIGNMENTS, replica_id:
-                if (assignment := self._assignments.pop(replica_id, None)) is not None:
+                if (assignment := self._drop_assignment(replica_id)) is not None:
                     self._leaving[replica_id] = assignment
             case keys.REPLICAS, replica_id:
-                self._replicas.pop(replica_id, None)
+                if (replica := self._replicas.pop(replica_id, None)) is not None:
+                    self._touched.add(replica.deployment)
                 self._leaving.pop(replica_id, None)
+                self._booked.pop(replica_id, None)
+
+    def _drop_assignment(self, replica_id: str) -> common_pb2.Assignment | None:
+        self._booked.pop(replica_id, None)
+        assignment = self._assignments.pop(replica_id, None)
+        if assignment is not None:
+            self._touched.add(assignment.deployment)
+            others = self._by_deployment[assignment.deployment]
+            del others[replica_id]
+            if not others:
+                del self._by_deployment[assignment.deployment]
+        return assignment
 
     def _catalogue_changed(self, name: str, mod_revision: int) -> None:
+        self._touched.add(name)
         if mod_revision:
             self.mod_revisions[name] = mod_revision
         else:
