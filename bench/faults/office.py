@@ -1,0 +1,68 @@
+"""Whether a process leads, as it says itself: a stream that only a leader keeps open."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from bench.faults.scene import VISIBLE_S
+from inference_runtime.rpc import open_channel
+from inference_runtime.testing.cluster import Cluster
+from inference_runtime.testing.faults import FaultNotVerified
+from inference_runtime.v1 import (
+    coordinator_service_pb2,
+    coordinator_service_pb2_grpc,
+    deployment_manager_service_pb2,
+    deployment_manager_service_pb2_grpc,
+)
+
+__all__ = ["ROLES", "deposed_at"]
+
+
+def _routes(channel: grpc.aio.Channel) -> Any:
+    stub = coordinator_service_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
+    return stub.WatchRoutes(coordinator_service_pb2.WatchRoutesRequest(gateway_id="faults"))
+
+
+def _deployments(channel: grpc.aio.Channel) -> Any:
+    stub = deployment_manager_service_pb2_grpc.DeploymentManagerServiceStub(channel)  # type: ignore[no-untyped-call]
+    return stub.WatchDeployments(deployment_manager_service_pb2.WatchDeploymentsRequest())
+
+
+_STREAMS: dict[str, Callable[[grpc.aio.Channel], Any]] = {"coordinator": _routes, "deployment_manager": _deployments}
+#: The roles that decide.
+ROLES = tuple(_STREAMS)
+
+
+async def deposed_at(cluster: Cluster, role: str, process: str, leads: asyncio.Event) -> float:
+    """The moment (`time.monotonic()`) at which a leader stopped answering as one: it stepped down, or ended.
+
+    Args:
+        cluster: Where.
+        role: What it leads.
+        process: Its name.
+        leads: Set once it was heard to lead.
+
+    Returns: A moment `VISIBLE_S` after `leads` when it never stopped.
+
+    Raises:
+        FaultNotVerified: It was not heard to lead.
+    """
+    channel = open_channel(cluster.local.processes[process].spec.address)
+    try:
+        async with asyncio.timeout(VISIBLE_S) as patience:
+            async for _ in _STREAMS[role](channel):
+                if not leads.is_set():
+                    leads.set()
+                    patience.reschedule(asyncio.get_running_loop().time() + VISIBLE_S)
+    except (grpc.aio.AioRpcError, TimeoutError):
+        pass
+    finally:
+        await channel.close(None)
+    if not leads.is_set():
+        raise FaultNotVerified(f"{process} does not answer as leader of {role}")
+    return time.monotonic()
