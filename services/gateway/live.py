@@ -19,7 +19,7 @@ from services.gateway.needs import Need
 from services.gateway.request import Request
 from services.gateway.routes import RouteTable
 from services.gateway.settings import LimitSettings
-from services.gateway.sink import Sink
+from services.gateway.sink import NOBODY, Sink
 from services.gateway.usage import UsageEntry
 
 __all__ = ["LiveRequests", "UsageSink", "new_id"]
@@ -155,6 +155,10 @@ class LiveRequests:
             submission.traceparent = span
         return traceparent
 
+    def past(self, submission: engine_service_pb2.Submission) -> Request:
+        """A request that is not one of these: to tell from what became of another."""
+        return Request(self, submission, NOBODY, shows_at_once=True)
+
     def budget(self, deployment: str) -> AttemptBudget:
         """What requests of a deployment share. Only for one that is in the table: it is kept as long as that."""
         budget = self._budgets.get(deployment)
@@ -182,6 +186,9 @@ class LiveRequests:
         self._ended.inc(name, outcome)
         self._duration.observe(duration_s, name)
         input_tokens = request.input_tokens
+        if request.attempt:  # what earlier ones were counted for is not counted again
+            input_tokens = max(0, input_tokens - request.settled_input_tokens)
+            output_tokens = max(0, output_tokens - request.settled_output_tokens)
         if input_tokens:
             self._tokens_in.inc(name, by=input_tokens)
         if first_at := request.first_at:
@@ -195,7 +202,7 @@ class LiveRequests:
                 (
                     request.request_id, name, request.replica_id, input_tokens, output_tokens, request.reasoning_tokens,
                     request.cached_input_tokens, request.finish_reason, outcome, request.accepted_ns, first_token_s, duration_s,
-                    request.tenant,
+                    request.tenant, request.attempt,
                 )
             )  # fmt: skip
         if self._telemetry.tracer is not None:

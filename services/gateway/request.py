@@ -12,7 +12,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from inference_runtime import telemetry
 from inference_runtime.errors import (
@@ -30,10 +30,11 @@ from inference_runtime.errors import (
     Timeout,
 )
 from inference_runtime.rpc import error_from_status
-from inference_runtime.v1 import engine_service_pb2
+from inference_runtime.v1 import engine_service_pb2, generation_pb2
 from services.gateway.budget import AttemptBudget
 from services.gateway.journal import NEW, Journal, Verdict
 from services.gateway.needs import Need, unmet
+from services.gateway.position import place
 from services.gateway.routes import Route, Target, choose
 from services.gateway.sink import NOBODY, Sink
 
@@ -63,6 +64,14 @@ EXHAUSTED_RETRY_S = 1.0
 
 #: Errors by which a replica that is well sends a request away.
 _NO_FAULT = (Backpressure, Draining, RevisionMismatch)
+
+
+class Follower(Protocol):
+    """Who hears of a request's end."""
+
+    def ended(self, outcome: str) -> None:
+        """It is over, like this (see `LiveRequests.end`)."""
+        ...
 
 
 class Request:
@@ -99,6 +108,13 @@ class Request:
     _stream_id = 0
     _revision = ""
     _tried: set[str] | None = None
+    #: It goes on behind tokens that another request was given (see `go_on`).
+    _carried = False
+    #: Attempt as the ledger counts it, and tokens of earlier ones that it has.
+    attempt = settled_input_tokens = settled_output_tokens = 0
+    #: Tokens that another gateway has a copy of; -1: it is not copied.
+    copied = -1
+    follower: Follower | None = None
     _retries = _resumptions = 0
     _error: InferenceError | None = None
     _wait_until = _again_at = 0.0
@@ -144,10 +160,29 @@ class Request:
         """Tokens that have come."""
         return len(self.journal.tokens)
 
+    def place(self, index: int) -> bytes:
+        """What follows the id of this request in the id of an event with the text of this token. On every chunk's path."""
+        return b"%d" % index if self.copied < 0 else place(self.copied, self.journal.tokens, index)
+
     @property
     def revision(self) -> str:
         """Revision of the replica that answers, "" before there is one."""
         return self._target.revision if self._target is not None else self._revision
+
+    def go_on(self, tokens: Sequence[int], revision: str) -> None:
+        """Have it go on behind these tokens, which its client has. Call it before `begin`."""
+        self.journal.tokens.extend(tokens)
+        self._carried = True
+        lost = f"no replica of revision {revision!r} of deployment {self.model!r} takes requests, to go on with this answer"
+        self._error = NoReplica(lost, retry_after_s=1)
+        if tokens:
+            self._revision = revision
+
+    def recall(self, revision: str, usage: generation_pb2.Usage, finish_reason: int) -> None:
+        """Make it what a request was that ended elsewhere. It is not to be begun."""
+        self._revision, self.finish_reason, self.ended = revision, finish_reason, True
+        self.input_tokens, self._output_tokens = usage.input_tokens, usage.output_tokens
+        self.reasoning_tokens, self.cached_input_tokens = usage.reasoning_tokens, usage.cached_input_tokens
 
     # --- placing -----------------------------------------------------------------------------------------------------------
 
@@ -340,7 +375,7 @@ class Request:
             target.outcomes.failed(time.monotonic())
         self._error = error
         if not self._may_go_on(error, target):
-            if self.shows_at_once and self.first_at:
+            if self.shows_at_once and (self.first_at or self._carried):
                 self._live.resumptions.inc(self.model, "failed")
             self._finish(self._error)
             return
@@ -361,7 +396,7 @@ class Request:
         """Whether another attempt is allowed and can continue what was shown. Counts it."""
         if error.retry is not Retry.ELSEWHERE or not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
             return False
-        if self.shows_at_once and self.first_at:
+        if self.shows_at_once and (self.first_at or self._carried):
             if self._resumptions >= self._live.limits.max_resumptions or not target.capabilities.resume:
                 return False
             self._resumptions += 1
@@ -444,6 +479,7 @@ class Request:
             self._budget.end()
         target, self._target = self._target, None
         if target is not None:
+            self._revision = target.revision
             target.in_flight -= 1
             cast("Session", target.link).forget(self._stream_id)
             if outcome == "ok":
@@ -456,3 +492,5 @@ class Request:
 
     def _settle(self, outcome: str, now: float) -> None:
         self._live.end(self, outcome, now)
+        if self.follower is not None:
+            self.follower.ended(outcome)

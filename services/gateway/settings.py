@@ -9,7 +9,7 @@ from pydantic import Field
 
 from inference_runtime.settings import Secret, SecretList, ServiceSettings, SettingsError, StrictModel
 
-__all__ = ["GatewaySettings", "HttpSettings", "LimitSettings", "Secret", "check_exposure", "is_loopback"]
+__all__ = ["GatewaySettings", "HttpSettings", "LimitSettings", "ResumeSettings", "Secret", "check_exposure", "is_loopback"]
 
 
 class HttpSettings(StrictModel):
@@ -49,6 +49,19 @@ class LimitSettings(StrictModel):
     unary_coalesce_tokens: int = Field(default=256, ge=1, description="tokens an engine holds back for an answer sent whole")
 
 
+class ResumeSettings(StrictModel):
+    """Streams that clients may come back to."""
+
+    window_s: float = Field(
+        default=60.0, ge=0, le=3600, description="seconds that a stream is kept for its client; 0 offers none"
+    )
+    max_streams: int = Field(default=16384, ge=1, description="streams that are kept, copies for other gateways among them")
+    max_bytes: int = Field(default=64 << 20, ge=1 << 20, description="bytes that they may hold; then the oldest go")
+    max_request_bytes: int = Field(
+        default=256 << 10, ge=0, description="streams with a larger request are not copied to another gateway; 0 copies none"
+    )
+
+
 class GatewaySettings(ServiceSettings):
     """Settings of inference-gateway."""
 
@@ -56,6 +69,7 @@ class GatewaySettings(ServiceSettings):
 
     http: HttpSettings = HttpSettings()
     limits: LimitSettings = LimitSettings()
+    resume: ResumeSettings = ResumeSettings()
     workers: int = Field(default=1, ge=1, le=256, description="processes that share the HTTP port")
     api_keys: SecretList = Field(default=[], description="keys clients may use; empty means open, on this machine only")
     insecure_allow_remote: bool = Field(default=False, description="allow other machines in without api_keys")

@@ -24,8 +24,8 @@ log = get_logger(__name__)
 
 #: One ended request: request id, deployment, replica id, tokens (prompt, output, reasoning, cached), finish reason, outcome
 #: ("ok", "cancelled" or an error's reason), accepted at (wall clock, ns), time to the first token (s, 0 for none), duration (s),
-#: tenant. A tuple and not a message: it is made on every request's path and waits in thousands.
-UsageEntry = tuple[str, str, str, int, int, int, int, int, str, int, float, float, str]
+#: tenant, attempt. A tuple and not a message: it is made on every request's path and waits in thousands.
+UsageEntry = tuple[str, str, str, int, int, int, int, int, str, int, float, float, str, int]
 
 CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
 
@@ -128,12 +128,14 @@ class UsageReporter(Generic[L]):
 def _add_record(batch: metrics_service_pb2.RecordUsageRequest, entry: UsageEntry) -> None:
     (
         request_id, deployment, replica_id, prompt, output, reasoning, cached, finish, outcome, accepted_ns, first_s, duration_s,
-        tenant,
+        tenant, attempt,
     ) = entry  # fmt: skip
     record = batch.records.add()
     record.request_id, record.deployment, record.replica_id = request_id, deployment, replica_id
     if tenant:  # each field costs a tenth of a microsecond; those that nearly always hold nothing are left alone
         record.tenant = tenant
+    if attempt:
+        record.attempt = attempt
     usage = record.usage
     usage.input_tokens, usage.output_tokens = prompt, output
     if reasoning:

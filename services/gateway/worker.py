@@ -14,11 +14,17 @@ from typing import Generic
 from inference_runtime.coordination import EtcdClient
 from inference_runtime.rpc import RpcServer
 from inference_runtime.telemetry import Telemetry, get_logger
+from inference_runtime.v1.gateway_peer_service_pb2_grpc import add_GatewayPeerServiceServicer_to_server
 from inference_runtime.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
 from services.gateway.auth import KeyRing
 from services.gateway.http.app import HttpApp
 from services.gateway.http.server import HttpServer
+from services.gateway.http.streams import StreamDoor
 from services.gateway.live import LiveRequests, new_id
+from services.gateway.peer_registry import PeerRegistry
+from services.gateway.peer_service import Copies, GatewayPeerService
+from services.gateway.peers import PeerTable, own_record
+from services.gateway.resume import Resumer
 from services.gateway.routes import L, Leaders, RouteTable, RouteWatch
 from services.gateway.service import GatewayService
 from services.gateway.sessions import SessionPool
@@ -71,8 +77,18 @@ class GatewayWorker(Generic[L]):
         self.live = LiveRequests(self.table, settings.limits, self.usage, telemetry, settings.http.keepalive_s)
         self._watch = RouteWatch(self.table, coordinators, gateway_id, metrics, etcd, store)
         keys = KeyRing(settings.api_keys)
+        self.peers = PeerTable(own_record(gateway_id))
+        self.resumer = Resumer(self.live, self.peers, settings.resume, metrics)
+        self._registry = PeerRegistry(etcd, self.peers, settings.etcd.lease_ttl_s) if etcd and self.resumer.offered else None
+        streams = StreamDoor(self.resumer)
         app = HttpApp(
-            self.live, self.table, keys, metrics, int(time.time()), loopback_only=keys.open and is_loopback(settings.http.host)
+            self.live,
+            self.table,
+            keys,
+            metrics,
+            int(time.time()),
+            streams,
+            loopback_only=keys.open and is_loopback(settings.http.host),
         )
         app.control_plane = lambda: {"routes": self._watch.source, "warnings": self._watch.warnings()}
         self.http = HttpServer(app, settings.http, sock)
@@ -82,14 +98,21 @@ class GatewayWorker(Generic[L]):
             GatewayService(self.live, self.table, keys),
             "inference_runtime.v1.GatewayService",
         )
+        self.rpc.add(
+            add_GatewayPeerServiceServicer_to_server,
+            GatewayPeerService(self.peers.own.peer_key, Copies(self.resumer.store), self.resumer),
+            "inference_runtime.v1.GatewayPeerService",
+        )
 
     def _changed(self) -> None:
         self.live.wake()
 
     async def start(self) -> None:
         """Open both doors and say so."""
-        await self.rpc.start()
+        bound = await self.rpc.start()
         await self.http.start()
+        if self._registry is not None:
+            self._registry.bound(self._settings.rpc.advertise or bound)
         await self.rpc.set_serving(True)
         log.info("serving", http=self.http.address, grpc=self.rpc.address)
         if self._settings.ready_file:
@@ -108,6 +131,9 @@ class GatewayWorker(Generic[L]):
             tasks.create_task(self.live.run(), name="requests")
             tasks.create_task(self.http.run(), name="http")
             tasks.create_task(self.usage.run(), name="usage")
+            tasks.create_task(self.resumer.run(), name="streams")
+            if self._registry is not None:
+                tasks.create_task(self._registry.run(), name="peers")
             while True:
                 await asyncio.sleep(HOUSEKEEPING_S)
                 self.sessions.keep(self.table.engines)
@@ -134,6 +160,7 @@ class GatewayWorker(Generic[L]):
         await self.rpc.stop(0)
         for request in tuple(self.live.requests):
             request.cancel()
+        await self.resumer.close()
         await self.usage.flush(FLUSH_S)
 
 

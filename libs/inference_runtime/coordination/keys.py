@@ -10,6 +10,7 @@ __all__ = [
     "DEPLOYMENTS",
     "ELECTIONS",
     "ENGINES",
+    "GATEWAYS",
     "LIMITS",
     "REPLICAS",
     "ROOT",
@@ -21,6 +22,7 @@ __all__ = [
     "election",
     "election_prefix",
     "engine",
+    "gateway",
     "replica",
     "replicas_of",
     "segments",
@@ -31,6 +33,7 @@ ELECTIONS = ROOT + "elections/"
 DEPLOYMENTS = ROOT + "deployments/"
 ASSIGNMENTS = ROOT + "assignments/"
 ENGINES = ROOT + "engines/"
+GATEWAYS = ROOT + "gateways/"
 REPLICAS = ROOT + "replicas/"
 API_KEYS = ROOT + "keys/"
 LIMITS = ROOT + "limits/"
@@ -68,6 +71,11 @@ def assignment(engine_id: str, replica_id: str) -> str:
 def engine(engine_id: str) -> str:
     """A registered engine; leased."""
     return ENGINES + _segment("engine id", engine_id)
+
+
+def gateway(gateway_id: str) -> str:
+    """A registered gateway worker; leased."""
+    return GATEWAYS + _segment("gateway id", gateway_id)
 
 
 def replicas_of(deployment_name: str) -> str:

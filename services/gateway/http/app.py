@@ -18,6 +18,7 @@ from services.gateway.http.errors import error_body, error_headers
 from services.gateway.http.openai import Asked, parse_chat, parse_completion
 from services.gateway.http.server import Connection, HttpRequest
 from services.gateway.http.sse import CHAT, COMPLETION, Shape, StreamSink, UnarySink
+from services.gateway.http.streams import LAST_EVENT_ID, STREAMS, StreamDoor
 from services.gateway.live import LiveRequests, new_id
 from services.gateway.needs import needs_of
 from services.gateway.request import Request
@@ -51,8 +52,17 @@ class HttpApp:
     """Dispatches requests by URL; the `App` of an `HttpServer`."""
 
     def __init__(
-        self, live: LiveRequests, table: RouteTable, keys: KeyRing, metrics: MetricSet, started_s: int, *, loopback_only: bool
+        self,
+        live: LiveRequests,
+        table: RouteTable,
+        keys: KeyRing,
+        metrics: MetricSet,
+        started_s: int,
+        streams: StreamDoor,
+        *,
+        loopback_only: bool,
     ) -> None:
+        self._streams = streams
         self._live, self._table, self._keys, self._metrics, self._started_s = live, table, keys, metrics, started_s
         #: There are no keys, so that this machine's own programs need none. A web page in a browser is not one of them.
         self._loopback_only = loopback_only
@@ -99,6 +109,9 @@ class HttpApp:
         generation.request_id = new_id()
         if tenant:
             generation.tenant = tenant
+        if headers.get(LAST_EVENT_ID):
+            self._streams.again(connection, tenant, request, asked, shape)
+            return
         sink: StreamSink | UnarySink
         if not asked.stream:
             submission.coalesce_tokens = self._live.limits.unary_coalesce_tokens
@@ -109,12 +122,16 @@ class HttpApp:
             sink = StreamSink(connection, asked, shape) if asked.stream else UnarySink(connection, asked, shape)
             live = self._live.begin(submission, sink, shows_at_once=asked.stream, needs=needs, traceparent=traceparent)
             sink.request = live
+            if asked.stream:
+                self._streams.follow(connection, live, asked, shape)
+            else:
+                connection.on_disconnect = live.cancel
         else:
             sinks = choice_sinks(connection, asked, shape, generation.sampling.n)
             live = self._live.begin_choices(submission, sinks, shows_at_once=asked.stream, needs=needs, traceparent=traceparent)
             for sink in sinks:
                 sink.request = live
-        connection.on_disconnect = live.cancel
+            connection.on_disconnect = live.cancel
         live.begin()
 
     # --- the rest ------------------------------------------------------------------------------------------------------------
@@ -124,6 +141,8 @@ class HttpApp:
         handler = self._gets.get(path)
         if handler is None and path.startswith(MODELS + b"/"):
             handler = self._show_model
+        elif handler is None and path.startswith(STREAMS):
+            handler = self._show_stream
         if handler is None and path not in self._posts:
             raise _UnknownUrl(f"there is nothing at {_shown(path)}; see /v1/models, /v1/chat/completions, /v1/completions")
         if handler is None or request.method not in (b"GET", b"HEAD"):
@@ -159,6 +178,13 @@ class HttpApp:
         if route is None:
             raise DeploymentNotFound(f"no deployment is called {name!r}; GET /v1/models lists them", param="model")
         self._reply(connection, request, self._model(route))
+
+    def _show_stream(self, connection: Connection, request: HttpRequest) -> None:
+        headers = request.headers
+        tenant = self._keys.check(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        if request.method == b"HEAD":
+            raise _WrongMethod(f"{_shown(request.path)} takes GET, not HEAD")
+        self._streams.show(connection, tenant, request)
 
     def _healthz(self, connection: Connection, request: HttpRequest) -> None:
         self._reply(connection, request, {"status": "alive"})

@@ -48,7 +48,7 @@ STATUS_LINES = {
     code: f"HTTP/1.1 {code} {text}\r\n".encode()
     for code, text in {
         200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-        408: "Request Timeout", 413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
+        408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 422: "Unprocessable Content", 429: "Too Many Requests",
         431: "Request Header Fields Too Large",
         499: "Client Closed Request", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
         504: "Gateway Timeout",
@@ -84,9 +84,9 @@ class Connection(asyncio.Protocol):
     """One client connection. The app calls `respond`, or `begin_stream`, `send` … `finish`."""
 
     __slots__ = (
-        "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_full", "_head_bytes", "_headers",
-        "_held", "_in_head", "_lingering", "_parked", "_parser", "_paused", "_progress", "_pumping", "_queue", "_queued",
-        "_refusal", "_server", "_settings", "_stalled_since", "_transport", "_url", "backlog", "busy", "deadline",
+        "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_full", "_gated", "_head_bytes",
+        "_headers", "_held", "_in_head", "_lingering", "_parked", "_parser", "_paused", "_progress", "_pumping", "_queue",
+        "_queued", "_refusal", "_server", "_settings", "_stalled_since", "_transport", "_url", "backlog", "busy", "deadline",
         "on_disconnect", "timed_out_status",
     )  # fmt: skip
 
@@ -101,6 +101,7 @@ class Connection(asyncio.Protocol):
         self._paused = self._pumping = self._close_after = self._lingering = self._continue = self._full = False
         self._refusal: tuple[int, str] | None = None
         self._held: list[bytes] | None = None
+        self._gated = False
         self._queued = self._progress = self._head_bytes = 0
         self._stalled_since = NEVER
         self.backlog = False
@@ -356,8 +357,21 @@ class Connection(asyncio.Protocol):
         if self._held is None:
             self._held = []
 
+    def gate(self) -> None:
+        """Collect what is sent until `open_gate`, or until the answer is complete."""
+        self._gated = True
+        self.hold()
+
+    def open_gate(self) -> None:
+        """Send what was collected. Harmless without a gate."""
+        if self._gated:
+            self._gated = False
+            self.release()
+
     def release(self) -> None:
         """Send what was collected."""
+        if self._gated:
+            return
         held, self._held = self._held, None
         if held:
             self.send(held[0] if len(held) == 1 else b"".join(held))
@@ -366,6 +380,7 @@ class Connection(asyncio.Protocol):
         """The answer is complete."""
         self.on_disconnect = None
         if self._held is not None:
+            self._gated = False
             self.release()
         self.busy = False
         if self._closed:

@@ -1,5 +1,6 @@
 """Answers in OpenAI's shape: streamed as server-sent events, or whole.
 
+Each event has an id that says how much of the answer a client has with it (see `position`).
 The parts of an event that do not change are put together once for each request; a token then costs one JSON string, one
 concatenation and one write.
 """
@@ -182,34 +183,41 @@ class UnarySink(_HttpSink):
 class StreamSink(_HttpSink):
     """Writes an answer as server-sent events."""
 
-    __slots__ = ("_after", "_before", "_chunked", "_fixed", "_opened", "_send", "_started", "_tail")
+    __slots__ = ("_after", "_before", "_chunked", "_fixed", "_id", "_last", "_opened", "_send", "_started", "_tail")
 
     def __init__(self, connection: Connection, asked: Asked, shape: Shape) -> None:
         super().__init__(connection, asked, shape)
         self._send = connection.send
         self._chunked = connection.chunked
         self._started = self._opened = False
-        self._before = self._after = self._tail = b""
+        self._before = self._after = self._id = self._tail = b""
         self._fixed = 0
+        #: Index of the last token.
+        self._last = -1
 
     def _frame(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
-    def _event(self, choice: bytes) -> bytes:
-        """An event with this choice, framed."""
-        return self._frame(b"data: %b%b%b" % (self._head(self._shape.event_object), choice, self._tail))
+    def _event(self, choice: bytes, at: bytes) -> bytes:
+        """An event with this choice, framed. `at`: what a client has with it."""
+        return self._frame(b"%b%b\ndata: %b%b%b" % (self._id, at, self._head(self._shape.event_object), choice, self._tail))
 
     def _open(self) -> bytes:
         """Everything that comes before the first text, and the parts that will not change."""
         shape = self._shape
         self._opened = True
+        self._id = b"id: %b:" % self.request.request_id.encode()
         self._tail = b'],"usage":null}\n\n' if self._asked.include_usage else b"]}\n\n"
-        self._before = b"data: %b%b%b" % (self._head(shape.event_object), self._label, shape.delta)
+        self._before = b"\ndata: %b%b%b" % (self._head(shape.event_object), self._label, shape.delta)
         after = b'%b,"logprobs":null,"finish_reason":null}%b' % (shape.end, self._tail)
-        self._fixed = len(self._before) + len(after)
+        self._fixed = len(self._id) + len(self._before) + len(after)
         self._after = after + b"\r\n" if self._chunked else after
-        role = self._event(b'%b%b,"logprobs":null,"finish_reason":null}' % (self._label, shape.first)) if shape.first else b""
-        return self._start() + role
+        return self._start() + self._role()
+
+    def _role(self) -> bytes:
+        """The event before all text."""
+        first = self._shape.first
+        return self._event(b'%b%b,"logprobs":null,"finish_reason":null}' % (self._label, first), b"-1") if first else b""
 
     def _start(self) -> bytes:
         if self._started:
@@ -219,10 +227,18 @@ class StreamSink(_HttpSink):
 
     def _ending(self) -> bytes:
         """What follows the last choice. b"" while another one goes on."""
-        usage = b""
+        usage, at = b"", b"%b%d:done\n" % (self._id, self._last)
         if self._asked.include_usage:
-            usage = self._frame(b'data: %b],"usage":%b}\n\n' % (self._head(self._shape.event_object), _usage_json(self.request)))
-        return usage + self._frame(b"data: [DONE]\n\n") + self._end()
+            head = self._head(self._shape.event_object)
+            usage = self._frame(b'%bdata: %b],"usage":%b}\n\n' % (at, head, _usage_json(self.request)))
+        return usage + self._frame(b"%bdata: [DONE]\n\n" % at) + self._end()
+
+    def _finish(self, finish_reason: generation_pb2.FinishReason) -> bytes:
+        """The event that says why the choice ended."""
+        choice = b'%b%b,"logprobs":null,"finish_reason":%b}'
+        return self._event(
+            choice % (self._label, self._shape.empty, FINISH.get(finish_reason, b'"stop"')), b"%d:end" % self._last
+        )
 
     def _end(self) -> bytes:
         """What ends the body, the trailer included."""
@@ -231,23 +247,25 @@ class StreamSink(_HttpSink):
     def token(self, index: int, token: int, text: str) -> None:
         """See `Sink`. Text that is not certain yet makes no event."""
         if text:
+            at = self.request.place(index)
             data = _encode(text)
             if self._chunked:
-                data = b"%x\r\n%b%b%b" % (self._fixed + len(data), self._before, data, self._after)
+                size = self._fixed + len(at) + len(data)
+                data = b"%x\r\n%b%b%b%b%b" % (size, self._id, at, self._before, data, self._after)
             else:
-                data = self._before + data + self._after
+                data = self._id + at + self._before + data + self._after
             if self._opened:
                 self._send(data)
                 return
-            self._first(text)
+            self._first(index, text)
         elif not self._opened:
             self._send(self._open())
 
-    def _first(self, text: str) -> None:
+    def _first(self, index: int, text: str) -> None:
         opening = self._open()
         self._connection.hold()
         self._send(opening)
-        self.token(0, 0, text)
+        self.token(index, 0, text)
         self._connection.release()
 
     def chunk(self, index: int, tokens: Sequence[int], text: str, detail: ChunkDetail | None, done: bool) -> None:
@@ -255,15 +273,16 @@ class StreamSink(_HttpSink):
         pieces: list[bytes] = [] if self._opened else [self._open()]
         shape = self._shape
         entries = _logprobs(detail) if detail is not None and self._asked.logprobs else []
+        last = self._last = index + len(tokens) - 1
         if text or entries:
+            at = b"%d:last" % last if done else self.request.place(last)
             logprobs = _encode({"content": entries, "refusal": None}) if entries else b"null"
             delta = b"%b%b%b%b" % (self._label, shape.delta, _encode(text), shape.end)
-            pieces.append(self._event(b'%b,"logprobs":%b,"finish_reason":null}' % (delta, logprobs)))
+            pieces.append(self._event(b'%b,"logprobs":%b,"finish_reason":null}' % (delta, logprobs), at))
         ending = b""
         if done:
             assert detail is not None
-            reason = FINISH.get(detail.finish_reason, b'"stop"')
-            pieces.append(self._event(b'%b%b,"logprobs":null,"finish_reason":%b}' % (self._label, shape.empty, reason)))
+            pieces.append(self._finish(detail.finish_reason))
             ending = self._ending()
             pieces.append(ending)
         if pieces:

@@ -12,7 +12,7 @@ from tests.integration.gateway.peer import Peer, Row, deployment_route, last_row
 
 
 def events(body: str) -> list[str]:
-    return [line[6:] for line in body.split("\n\n") if line.startswith("data: ")]
+    return [line[6:] for line in body.split("\n") if line.startswith("data: ")]
 
 
 async def test_trap_01_a_unary_answer_carries_the_models_text(gateway: Gateway, engine: Peer) -> None:

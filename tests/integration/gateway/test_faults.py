@@ -16,7 +16,7 @@ from tests.integration.gateway.peer import Peer, Row, deployment_route, error_ro
 
 def text_of(response: httpx.Response) -> str:
     """The text of a stream; fails when it is not a proper one."""
-    data = [line[6:] for line in response.text.split("\n\n") if line.startswith("data: ")]
+    data = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
     assert data[-1] == "[DONE]", response.text
     return "".join(c["delta"].get("content") or "" for d in data[:-1] for c in json.loads(d)["choices"])
 
@@ -97,7 +97,7 @@ async def test_a_stream_that_breaks_goes_on_behind_its_last_token(start: Start, 
         other.send(last_row(t, 5, [6], "five"))
         response = await asking
         assert text_of(response) == "one two three four five"
-        usage = json.loads(response.text.split("\n\n")[-3][6:])["usage"]
+        usage = json.loads(response.text.split("\n\n")[-3].partition("data: ")[2])["usage"]
         assert usage["completion_tokens"] == 6
         assert response.text.index("three") < response.text.index(": resumed 1\n\n") < response.text.index("four")
         assert gateway.metric('inference_resumptions_total{deployment="demo",outcome="resumed"}') == 1
