@@ -18,7 +18,7 @@ from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import generation_pb2, metrics_service_pb2, metrics_service_pb2_grpc
 from services.gateway.routes import L, Leaders
 
-__all__ = ["UsageEntry", "UsageReporter"]
+__all__ = ["UsageEntry", "UsageReporter", "usage_columns"]
 
 log = get_logger(__name__)
 
@@ -103,9 +103,7 @@ class UsageReporter(Generic[L]):
             self._channel, self._address = open_channel(leader.address), leader.address
         count = min(BATCH_RECORDS, len(self._waiting))
         entries = [self._waiting.popleft() for _ in range(count)]
-        batch = metrics_service_pb2.RecordUsageRequest()
-        for entry in entries:
-            _add_record(batch, entry)
+        batch = metrics_service_pb2.RecordUsageRequest(columns=usage_columns(entries))
         arrived = False
         try:
             stub = metrics_service_pb2_grpc.MetricsServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -125,32 +123,31 @@ class UsageReporter(Generic[L]):
             await channel.close(None)
 
 
-def _add_record(batch: metrics_service_pb2.RecordUsageRequest, entry: UsageEntry) -> None:
+def usage_columns(entries: list[UsageEntry]) -> metrics_service_pb2.UsageColumns:
+    """Entries as they travel. Ten times cheaper than a message for each."""
+    kinds: dict[tuple[str, str, str, str, int, int], int] = {}
     (
-        request_id, deployment, replica_id, prompt, output, reasoning, cached, finish, outcome, accepted_ns, first_s, duration_s,
-        tenant, attempt,
-    ) = entry  # fmt: skip
-    record = batch.records.add()
-    record.request_id, record.deployment, record.replica_id = request_id, deployment, replica_id
-    if tenant:  # each field costs a tenth of a microsecond; those that nearly always hold nothing are left alone
-        record.tenant = tenant
-    if attempt:
-        record.attempt = attempt
-    usage = record.usage
-    usage.input_tokens, usage.output_tokens = prompt, output
-    if reasoning:
-        usage.reasoning_tokens = reasoning
-    if cached:
-        usage.cached_input_tokens = cached
-    if outcome == "ok":
-        record.finish_reason = finish  # type: ignore[assignment]
-    elif outcome == "cancelled":
-        record.finish_reason = CANCELLED
-    else:
-        record.error_reason = outcome
-    record.accepted_at.seconds, record.accepted_at.nanos = divmod(accepted_ns, 1_000_000_000)
-    for field, value_s in ((record.time_to_first_token, first_s), (record.duration, duration_s)):
-        whole_s = int(value_s)
-        if whole_s:
-            field.seconds = whole_s
-        field.nanos = int((value_s - whole_s) * 1e9)
+        request_ids, deployments, replica_ids, prompts, outputs, reasoning, cached, finish_reasons, outcomes, accepted_ns,
+        first_s, duration_s, tenants, attempts,
+    ) = zip(*entries, strict=True)  # fmt: skip
+    columns = metrics_service_pb2.UsageColumns(
+        request_ids=request_ids, input_tokens=prompts, output_tokens=outputs, accepted_at_ns=accepted_ns,
+        time_to_first_token_s=first_s, duration_s=duration_s,
+        kind_indexes=[
+            kinds.setdefault(kind, len(kinds))
+            for kind in zip(deployments, replica_ids, tenants, outcomes, finish_reasons, attempts, strict=True)
+        ],
+    )  # fmt: skip
+    if any(reasoning):
+        columns.reasoning_tokens.extend(reasoning)
+    if any(cached):
+        columns.cached_input_tokens.extend(cached)
+    for deployment, replica_id, tenant, outcome, finish_reason, attempt in kinds:
+        kind = columns.kinds.add(deployment=deployment, replica_id=replica_id, tenant=tenant, attempt=attempt)
+        if outcome == "ok":
+            kind.finish_reason = finish_reason  # type: ignore[assignment]
+        elif outcome == "cancelled":
+            kind.finish_reason = CANCELLED
+        else:
+            kind.error_reason = outcome
+    return columns
