@@ -39,7 +39,8 @@ from inference_runtime.text import TextAssembler
 __all__ = ["RUNNERS", "matrix"]
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "resume-matrix.md"
-PROMPT = "Where do tests belong?"
+#: One that the demo model has no answer to by heart: sampled ones must differ, or they prove nothing.
+PROMPT = "Count from 1 upwards."
 TOKENS = 24
 #: Cuts, as tokens that were there: nothing but the first, the middle, around a stop string, all but the last.
 CUTS = (1, 2, 7, 12, 13, 17, 18, 19, 23)
@@ -54,7 +55,7 @@ RUNNERS: tuple[tuple[str, str, RunnerConfig], ...] = (
 )
 
 GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-SEEDED = replace(GREEDY, temperature=1.0, seed=7)
+SEEDED = replace(GREEDY, temperature=2.0, seed=7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,13 @@ class Subject:
         self.runner = SteppedRunner(self.codec, lambda: runtime.make_runner(config), config)
         self._count = 0
 
-    async def answer(self, sampling: SamplingParams, prefix: Sequence[int] = ()) -> Answer:
-        """Generate, from the start or behind a prefix. Raises Unsupported."""
+    async def answer(self, sampling: SamplingParams, prefix: Sequence[int] = (), choice: int = 0) -> Answer:
+        """Generate a choice, from the start or behind a prefix. Raises Unsupported."""
         self._count += 1
         prompt = ChatPrompt((Message(Role.USER, (TextPart(PROMPT),)),))
         request = GenerationRequest(f"matrix-{self._count}", "matrix", prompt, sampling)
         chunks: list[TokenChunk] = []
-        generator = self.runner.execute(request, prefix)
+        generator = self.runner.execute(request, prefix, choice)
         async with aclosing(cast(AsyncGenerator[TokenChunk, None], generator)):
             async for chunk in generator:
                 chunks.append(chunk)
@@ -106,6 +107,7 @@ async def _settings(subject: Subject) -> dict[str, SamplingParams]:
     """The rows: what is asked for, by name. Stops are taken from the undisturbed answer, so that they come late."""
     plain, drawn = await subject.answer(GREEDY), await subject.answer(SEEDED)
     late, late_drawn = (subject.shown(GREEDY, a.token_ids[:20])[-9:] for a in (plain, drawn))
+    late_second = subject.shown(GREEDY, (await subject.answer(SEEDED, choice=1)).token_ids[:20])[-9:]
     bias = {plain.token_ids[0]: -2.0, plain.token_ids[1]: 1.5}
     return {
         "greedy": GREEDY,
@@ -123,6 +125,9 @@ async def _settings(subject: Subject) -> dict[str, SamplingParams]:
         "log-probabilities": replace(GREEDY, top_logprobs=3),
         "min_tokens": replace(GREEDY, ignore_eos=False, min_tokens=20),
         "the model's own end": replace(GREEDY, ignore_eos=False, max_tokens=64),
+        "n=2, sampled with a seed": replace(SEEDED, n=2),
+        "n=2, stop string that ends the second, sampled with a seed": replace(SEEDED, n=2, stop=(late_second,)),
+        "n=2, log-probabilities, sampled with a seed": replace(SEEDED, n=2, top_logprobs=3),
     }
 
 
@@ -132,15 +137,23 @@ def _last_new(token_ids: Sequence[int]) -> int:
 
 
 async def _outcome(subject: Subject, sampling: SamplingParams) -> str:
-    """One cell."""
+    """One cell. Several choices are as many generations, each broken at every cut; gateways make one answer of them."""
+    one = replace(sampling, n=1)
     try:
-        whole = await subject.answer(sampling)
-        if len(whole.token_ids) < LEAST_TOKENS:
-            return f"TOO SHORT to tell: {len(whole.token_ids)} tokens"
-        cuts = [cut for cut in CUTS if cut < len(whole.token_ids)]
-        rests = await asyncio.gather(*(subject.answer(sampling, whole.token_ids[:cut]) for cut in cuts))
+        wholes = [await subject.answer(one, choice=choice) for choice in range(sampling.n)]
+        outcomes = [await _choice_outcome(subject, one, whole, choice) for choice, whole in enumerate(wholes)]
     except Unsupported as err:
         return f"refused ({err.metadata.get('feature', 'unnamed')})"
+    if len({whole.token_ids for whole in wholes}) < sampling.n:
+        return "ALIKE: its choices are the same answer"
+    return next((outcome for outcome in outcomes if outcome != "exact"), "exact")
+
+
+async def _choice_outcome(subject: Subject, sampling: SamplingParams, whole: Answer, choice: int) -> str:
+    if len(whole.token_ids) < LEAST_TOKENS:
+        return f"TOO SHORT to tell: {len(whole.token_ids)} tokens"
+    cuts = [cut for cut in CUTS if cut < len(whole.token_ids)]
+    rests = await asyncio.gather(*(subject.answer(sampling, whole.token_ids[:cut], choice) for cut in cuts))
     for cut, rest in zip(cuts, rests, strict=True):
         if not _continues(subject, sampling, whole, cut, rest):
             return f"DIFFERS from token {cut} on"
@@ -179,7 +192,7 @@ whether the continued answer is the one that nobody disturbed. It is found out b
 continued from {cuts} of its tokens, all continuations at once.
 
 - **exact**: tokens, text, finish reason and usage are those of the undisturbed answer at every cut; log-probabilities differ by
-  less than {tolerance:g}.
+  less than {tolerance:g}. With n=2 that is said of each choice, and that they are two answers and not one.
 - **refused**: the runner does not offer it, broken or not, and says so by name. Nothing is ignored silently.
 
 Written by `tools/resume_matrix.py --write`; a test holds this file against what the runners do.
@@ -205,7 +218,7 @@ def main() -> int:
         PAGE.write_text(page, encoding="utf-8")
     else:
         print(page, end="")
-    return 1 if "DIFFERS" in page or "TOO SHORT" in page else 0
+    return 1 if any(word in page for word in ("DIFFERS", "TOO SHORT", "ALIKE")) else 0
 
 
 if __name__ == "__main__":

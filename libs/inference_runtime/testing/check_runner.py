@@ -101,15 +101,15 @@ class _Subject:
         turns = ChatPrompt((Message(Role.USER, (TextPart(prompt),)),))
         return GenerationRequest(f"check-{self._count}", "check", turns if can.chat else TextPrompt(prompt), params)
 
-    async def answer(self, request: GenerationRequest, prefix: Sequence[int] = ()) -> _Answer:
-        """A whole answer, its form checked on the way."""
+    async def answer(self, request: GenerationRequest, prefix: Sequence[int] = (), choice: int = 0) -> _Answer:
+        """A whole choice, its form checked on the way."""
         tokens: list[int] = []
         text: list[str] = []
         last: TokenChunk | None = None
-        async with aclosing(_generator(self.runner, request, prefix)) as chunks:
+        async with aclosing(_generator(self.runner, request, prefix, choice)) as chunks:
             async for chunk in chunks:
                 _require(last is None or last.finish_reason is None, "a chunk came after the one with the finish reason")
-                _require(chunk.choice == 0, f"a request with one choice got a chunk of choice {chunk.choice}")
+                _require(chunk.choice == choice, f"choice {choice} was asked for and a chunk of choice {chunk.choice} came")
                 due = len(prefix) + len(tokens)
                 _require(chunk.index == due, f"a chunk has index {chunk.index} where {due} was due: a gap, or tokens twice")
                 tokens += chunk.token_ids
@@ -129,8 +129,10 @@ class _Subject:
         return _Answer(tuple(tokens), "".join(text), last)
 
 
-def _generator(runner: ModelRunner, request: GenerationRequest, prefix: Sequence[int]):  # type: ignore[no-untyped-def]
-    chunks = runner.execute(request, prefix)
+def _generator(  # type: ignore[no-untyped-def]
+    runner: ModelRunner, request: GenerationRequest, prefix: Sequence[int], choice: int = 0
+):
+    chunks = runner.execute(request, prefix, choice)
     _require(hasattr(chunks, "aclose"), "execute must return an async generator: an iterator without aclose cannot be cancelled")
     return chunks
 
@@ -212,6 +214,36 @@ async def _resumes_honestly(subject: _Subject) -> None:
         )
 
 
+async def _draws_choices_apart(subject: _Subject) -> None:
+    can, prompt = subject.runner.info.capabilities, subject.check.prompts[0]
+    if can.max_choices == 1:
+        await _refuses(subject, subject.request(prompt), "n", choice=1)
+        return
+    if not can.seed:
+        return
+    for prompt in subject.check.prompts:  # a model may be sure of its answer to one of them
+        request = subject.request(prompt, temperature=2.0, seed=7)
+        first, second = [await subject.answer(request, choice=choice) for choice in (0, 1)]
+        if first.token_ids != second.token_ids:
+            break
+    else:
+        raise RunnerFault("two choices of one seed are the same answer, whatever the prompt: their number is part of each draw")
+    if not can.deterministic:
+        return
+    beside = await asyncio.gather(*(subject.answer(request, choice=choice) for choice in (1, 0)))
+    _require(
+        [a.token_ids for a in beside] == [second.token_ids, first.token_ids],
+        "a choice differs when it is generated again with the same seed, beside the other one",
+    )
+    if can.resume:
+        cut = len(second.token_ids) // 2
+        rest = await subject.answer(request, second.token_ids[:cut], choice=1)
+        _require(
+            second.token_ids[:cut] + rest.token_ids == second.token_ids,
+            f"choice 1 continued from token {cut} differs from the uninterrupted one",
+        )
+
+
 async def _refuses_what_it_cannot_do(subject: _Subject) -> None:
     can, prompt = subject.runner.info.capabilities, subject.check.prompts[0]
     for feature, able, sampling in (
@@ -226,9 +258,11 @@ async def _refuses_what_it_cannot_do(subject: _Subject) -> None:
             await _refuses(subject, subject.request(prompt, **sampling), feature)
 
 
-async def _refuses(subject: _Subject, request: GenerationRequest, feature: str, prefix: Sequence[int] = ()) -> None:
+async def _refuses(
+    subject: _Subject, request: GenerationRequest, feature: str, prefix: Sequence[int] = (), choice: int = 0
+) -> None:
     try:
-        await subject.answer(request, prefix)
+        await subject.answer(request, prefix, choice)
     except Unsupported as err:
         _require(err.metadata.get("feature") == feature, f"the refusal of {feature} names {err.metadata.get('feature')!r}")
     else:
@@ -264,6 +298,7 @@ _RULES: tuple[Callable[[_Subject], Awaitable[None]], ...] = (
     _stops_at_a_stop_string,
     _stops_when_cancelled,
     _resumes_honestly,
+    _draws_choices_apart,
     _refuses_what_it_cannot_do,
     _refuses_what_does_not_fit,
     _works_after_a_rebuild,

@@ -83,6 +83,35 @@ class _NeverEnds(ScriptedRunner):
         super().admit(replace(request, sampling=replace(request.sampling, max_tokens=request.sampling.max_tokens + 3)))
 
 
+class _DropsTheChoice(ScriptedRunner):
+    """Draws every choice alike."""
+
+    def admit(self, request: StepRequest) -> None:
+        super().admit(replace(request, choice=0))
+
+
+class _DrawsAnew(ScriptedRunner):
+    """Draws a choice above the first differently each time."""
+
+    def admit(self, request: StepRequest) -> None:
+        super().admit(replace(request, choice=request.choice and request.choice + self._admitted))
+
+
+class _ResumesAsTheFirst(ScriptedRunner):
+    """Goes on with another choice than it began."""
+
+    def admit(self, request: StepRequest) -> None:
+        super().admit(replace(request, choice=0) if request.generated_prefix else request)
+
+
+class _HasOneChoice(ScriptedRunner):
+    """Says it has but one choice: then the loop refuses others, and the runner passes."""
+
+    def load(self, report: object) -> RunnerInfo:
+        info = super().load(lambda progress: None)
+        return replace(info, capabilities=replace(info.capabilities, max_choices=1))
+
+
 class _ClaimsNoResume(ScriptedRunner):
     """Says it cannot resume: then the loop refuses, and the runner passes."""
 
@@ -99,22 +128,28 @@ class _Wrapped(SteppedRunner):
 
 
 class _LosesUsage(_Wrapped):
-    async def execute(self, request: GenerationRequest, generated_prefix: Sequence[int] = ()) -> AsyncIterator[TokenChunk]:
-        async for chunk in super().execute(request, generated_prefix):
+    async def execute(
+        self, request: GenerationRequest, generated_prefix: Sequence[int] = (), choice: int = 0
+    ) -> AsyncIterator[TokenChunk]:
+        async for chunk in super().execute(request, generated_prefix, choice):
             yield replace(chunk, usage=None)
 
 
 class _SkipsAToken(_Wrapped):
-    async def execute(self, request: GenerationRequest, generated_prefix: Sequence[int] = ()) -> AsyncIterator[TokenChunk]:
-        async for chunk in super().execute(request, generated_prefix):
+    async def execute(
+        self, request: GenerationRequest, generated_prefix: Sequence[int] = (), choice: int = 0
+    ) -> AsyncIterator[TokenChunk]:
+        async for chunk in super().execute(request, generated_prefix, choice):
             if chunk.index != 3:
                 yield chunk
 
 
 class _IgnoresLogprobs(_Wrapped):
-    async def execute(self, request: GenerationRequest, generated_prefix: Sequence[int] = ()) -> AsyncIterator[TokenChunk]:
+    async def execute(
+        self, request: GenerationRequest, generated_prefix: Sequence[int] = (), choice: int = 0
+    ) -> AsyncIterator[TokenChunk]:
         quiet = replace(request, sampling=replace(request.sampling, top_logprobs=None))
-        async for chunk in super().execute(quiet, generated_prefix):
+        async for chunk in super().execute(quiet, generated_prefix, choice):
             yield chunk
 
 
@@ -129,9 +164,11 @@ class _LeavesAThread(_Wrapped):
 
 
 class _DoesNotCancel(_Wrapped):
-    async def execute(self, request: GenerationRequest, generated_prefix: Sequence[int] = ()) -> AsyncIterator[TokenChunk]:
+    async def execute(
+        self, request: GenerationRequest, generated_prefix: Sequence[int] = (), choice: int = 0
+    ) -> AsyncIterator[TokenChunk]:
         try:
-            async for chunk in super().execute(request, generated_prefix):
+            async for chunk in super().execute(request, generated_prefix, choice):
                 yield chunk
         except GeneratorExit:
             time.sleep(0.3)  # noqa: ASYNC251 - stands for a device call that nobody interrupts
@@ -149,6 +186,9 @@ class _IgnoresOptions(ScriptedRuntime):
         (lambda: (_Broken(_Mixes), CONFIG), "mixed up"),
         (lambda: (_Broken(_Repeats), CONFIG), "usage counts|differs|tokens came"),
         (lambda: (_Broken(_NeverEnds), CONFIG), "max_tokens"),
+        (lambda: (_Broken(_DropsTheChoice), CONFIG), "two choices of one seed are the same"),
+        (lambda: (_Broken(_DrawsAnew), CONFIG), "differs when it is generated again"),
+        (lambda: (_Broken(_ResumesAsTheFirst), CONFIG), "choice 1 continued from token 6 differs"),
         (lambda: (_IgnoresOptions(), CONFIG), "unknown option was accepted"),
         (_LosesUsage, "no usage"),
         (_SkipsAToken, "index 4 where 3 was due"),
@@ -174,6 +214,7 @@ async def test_a_broken_runner_is_found(make: Callable[[], object], sentence: st
             await asyncio.sleep(0)
 
 
-async def test_a_runner_that_cannot_resume_passes_when_it_says_so() -> None:
+@pytest.mark.parametrize("runner", [_ClaimsNoResume, _HasOneChoice])
+async def test_a_runner_that_cannot_do_something_passes_when_it_says_so(runner: type[ScriptedRunner]) -> None:
     """Honesty is the rule, not the ability."""
-    await check_runner(lambda: (_Broken(_ClaimsNoResume), CONFIG))
+    await check_runner(lambda: (_Broken(runner), CONFIG))
