@@ -6,6 +6,9 @@ used as they are (Replica, Engine, Assignment, frames) have no pair here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from google.protobuf import duration_pb2, json_format, struct_pb2
 
 from inference_runtime import deployment as d
@@ -81,13 +84,15 @@ def message_to_proto(message: g.Message) -> generation_pb2.Message:
     )
 
 
+_ROLES: dict[int, g.Role] = {role.value: role for role in g.Role}
+
+
 def message_from_proto(proto: generation_pb2.Message) -> g.Message:
     """One turn. Raises BadRequest for a role we do not know."""
-    try:
-        role = g.Role(proto.role)
-    except ValueError as err:
-        raise BadRequest(f"role {proto.role} is not known; use system, user, assistant or tool", param="messages") from err
-    return g.Message(role, tuple(_part_from_proto(p) for p in proto.content), proto.name)
+    role = _ROLES.get(proto.role)
+    if role is None:
+        raise BadRequest(f"role {proto.role} is not known; use system, user, assistant or tool", param="messages")
+    return g.Message(role, tuple([_part_from_proto(part) for part in proto.content]), proto.name)
 
 
 def sampling_to_proto(s: g.SamplingParams) -> generation_pb2.SamplingParams:
@@ -114,25 +119,14 @@ def sampling_to_proto(s: g.SamplingParams) -> generation_pb2.SamplingParams:
 
 def sampling_from_proto(p: generation_pb2.SamplingParams) -> g.SamplingParams:
     """Sampling parameters, their ranges checked."""
-    sampling = g.SamplingParams(
-        max_tokens=p.max_tokens,
-        temperature=p.temperature if p.HasField("temperature") else None,
-        top_p=p.top_p if p.HasField("top_p") else None,
-        top_k=p.top_k,
-        min_p=p.min_p if p.HasField("min_p") else None,
-        stop=tuple(p.stop),
-        stop_token_ids=tuple(p.stop_token_ids),
-        presence_penalty=p.presence_penalty,
-        frequency_penalty=p.frequency_penalty,
-        repetition_penalty=p.repetition_penalty,
-        seed=p.seed if p.HasField("seed") else None,
-        logit_bias={b.token_id: b.bias for b in p.logit_bias},
-        top_logprobs=p.top_logprobs if p.HasField("top_logprobs") else None,
-        n=p.n or 1,
-        min_tokens=p.min_tokens,
-        ignore_eos=p.ignore_eos,
-    )
-    check_sampling(sampling)
+    given: dict[str, Any] = {field.name: value for field, value in p.ListFields()}  # most requests set three of sixteen
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
+    if "logit_bias" in given:
+        given["logit_bias"] = {b.token_id: b.bias for b in p.logit_bias}
+    sampling = g.SamplingParams(**given)
+    check_sampling(sampling, given)
     return sampling
 
 
@@ -142,27 +136,44 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 
 
-def check_sampling(s: g.SamplingParams) -> None:
-    """Refuse values outside their range. The one validator behind every door. Raises BadRequest with `param`."""
-    checks: tuple[tuple[bool, str, str], ...] = (
-        (s.temperature is None or 0 <= s.temperature <= 2, "temperature", "must lie between 0 and 2"),
-        (s.top_p is None or 0 < s.top_p <= 1, "top_p", "must be above 0 and at most 1"),
-        (s.min_p is None or 0 <= s.min_p <= 1, "min_p", "must lie between 0 and 1"),
-        (s.top_k >= 0, "top_k", "must not be negative"),
-        (s.max_tokens >= 0, "max_tokens", "must not be negative"),
-        (-2 <= s.presence_penalty <= 2, "presence_penalty", "must lie between -2 and 2"),
-        (-2 <= s.frequency_penalty <= 2, "frequency_penalty", "must lie between -2 and 2"),
-        (0 <= s.repetition_penalty <= 10, "repetition_penalty", "must lie between 0 and 10"),
-        (1 <= s.n <= g.MAX_CHOICES, "n", f"must lie between 1 and {g.MAX_CHOICES}"),
-        (s.top_logprobs is None or s.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}"),
-        (len(s.stop) <= MAX_STOPS, "stop", f"holds at most {MAX_STOPS} strings"),
-        (all(0 < len(x) <= MAX_STOP_CHARS for x in s.stop), "stop", f"strings have 1 to {MAX_STOP_CHARS} characters"),
-        (not s.max_tokens or s.min_tokens <= s.max_tokens, "min_tokens", "must not be above max_tokens"),
-        (all(-100 <= b <= 100 for b in s.logit_bias.values()), "logit_bias", "values must lie between -100 and 100"),
-    )
-    for good, param, rule in checks:
-        if not good:
-            raise BadRequest(f"{param} {rule}", param=param)
+#: What must hold, and how it is said, by the field that is at fault.
+_RULES: dict[str, tuple[Callable[[g.SamplingParams], bool], str]] = {
+    "temperature": (lambda s: s.temperature is None or 0 <= s.temperature <= 2, "must lie between 0 and 2"),
+    "top_p": (lambda s: s.top_p is None or 0 < s.top_p <= 1, "must be above 0 and at most 1"),
+    "min_p": (lambda s: s.min_p is None or 0 <= s.min_p <= 1, "must lie between 0 and 1"),
+    "top_k": (lambda s: s.top_k >= 0, "must not be negative"),
+    "max_tokens": (lambda s: s.max_tokens >= 0, "must not be negative"),
+    "presence_penalty": (lambda s: -2 <= s.presence_penalty <= 2, "must lie between -2 and 2"),
+    "frequency_penalty": (lambda s: -2 <= s.frequency_penalty <= 2, "must lie between -2 and 2"),
+    "repetition_penalty": (lambda s: 0 <= s.repetition_penalty <= 10, "must lie between 0 and 10"),
+    "n": (lambda s: 1 <= s.n <= g.MAX_CHOICES, f"must lie between 1 and {g.MAX_CHOICES}"),
+    "top_logprobs": (
+        lambda s: s.top_logprobs is None or s.top_logprobs <= MAX_TOP_LOGPROBS,
+        f"must be at most {MAX_TOP_LOGPROBS}",
+    ),
+    "stop": (
+        lambda s: len(s.stop) <= MAX_STOPS and all(0 < len(x) <= MAX_STOP_CHARS for x in s.stop),
+        f"holds at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters",
+    ),
+    "min_tokens": (lambda s: not s.max_tokens or s.min_tokens <= s.max_tokens, "must not be above max_tokens"),
+    "logit_bias": (lambda s: all(-100 <= b <= 100 for b in s.logit_bias.values()), "values must lie between -100 and 100"),
+}
+
+
+def check_sampling(s: g.SamplingParams, fields: Iterable[str] = tuple(_RULES)) -> None:
+    """Refuse values outside their range. The one validator behind every door.
+
+    Args:
+        s: The parameters.
+        fields: Those that were given. The others hold their defaults, which are good.
+
+    Raises:
+        BadRequest: With `param`.
+    """
+    for name in fields:
+        rule = _RULES.get(name)
+        if rule is not None and not rule[0](s):
+            raise BadRequest(f"{name} {rule[1]}", param=name)
 
 
 def request_to_proto(r: g.GenerationRequest) -> generation_pb2.GenerationRequest:
@@ -186,6 +197,9 @@ def request_to_proto(r: g.GenerationRequest) -> generation_pb2.GenerationRequest
     return proto
 
 
+_PRIORITIES: dict[int, g.Priority] = {priority.value: priority for priority in g.Priority}
+
+
 def request_from_proto(p: generation_pb2.GenerationRequest) -> g.GenerationRequest:
     """A request, checked. Raises BadRequest with `param`."""
     prompt: g.Prompt
@@ -205,7 +219,7 @@ def request_from_proto(p: generation_pb2.GenerationRequest) -> g.GenerationReque
         deployment=p.deployment,
         prompt=prompt,
         sampling=sampling_from_proto(p.sampling),
-        priority=g.Priority(int(p.priority)) if 1 <= int(p.priority) <= g.Priority.CRITICAL else g.Priority.NORMAL,
+        priority=_PRIORITIES.get(p.priority, g.Priority.NORMAL),
         tenant=p.tenant,
         idempotent=p.idempotent if p.HasField("idempotent") else True,
         idempotency_key=p.idempotency_key,
