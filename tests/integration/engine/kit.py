@@ -174,6 +174,8 @@ class Gateway:
         self.call = call
         self.answers: dict[int, Answer] = {}
         self.frames: list[engine_service_pb2.ChunkFrame] = []
+        #: Prompt tokens of what was admitted, by stream; each is told once.
+        self.admitted: dict[int, int] = {}
         self.draining = False
         self.welcome: engine_service_pb2.SessionWelcome | None = None
         self.end: grpc.aio.AioRpcError | None = None
@@ -210,6 +212,10 @@ class Gateway:
 
     def _take(self, frame: engine_service_pb2.ChunkFrame) -> None:
         self.frames.append(frame)
+        for stream_id, input_tokens in zip(frame.admitted_ids, frame.admitted_input_tokens, strict=True):
+            assert stream_id not in self.admitted
+            assert not self.answers[stream_id].indexes, "an admission is told before any row"
+            self.admitted[stream_id] = input_tokens
         details = {d.row: d for d in frame.details}
         at = 0
         for row, stream_id in enumerate(frame.stream_ids):
@@ -268,6 +274,7 @@ def submission(
     credits: int = 0,
     coalesce_tokens: int = 0,
     priority: Priority = Priority.NORMAL,
+    choice: int = 0,
 ) -> engine_service_pb2.Submission:
     """One generation as a gateway submits it."""
     request = GenerationRequest(f"request-{stream_id}", deployment, ChatPrompt(user_says(says)), sampling, priority)
@@ -279,9 +286,10 @@ def submission(
         revision=revision,
         credits=credits,
         coalesce_tokens=coalesce_tokens,
+        choice=choice,
     )
     if prefix:
-        proto.generated_prefix.add(token_ids=prefix)
+        proto.generated_prefix.add(choice=choice, token_ids=prefix)
     if time_left_s is not None:
         proto.time_left.CopyFrom(duration(time_left_s))
     return proto

@@ -215,6 +215,17 @@ async def test_a_stream_is_continued_from_a_prefix() -> None:
         assert (answer.token_ids, answer.text, answer.finish) == ([], "", FinishReason.LENGTH)
 
 
+async def test_a_prefix_with_a_token_that_the_model_lacks_costs_nobody_else_anything() -> None:
+    """A client brings tokens back in an event id: they are input like any other."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("resume", {"pace_s": 0.002}))
+        await gateway.send(submission(1, "resume"), submission(2, "resume", prefix=(300, 2**32 - 1)))
+        error = (await gateway.answer(2)).error
+        assert isinstance(error, BadRequest)
+        assert error.param == "generated_prefix"
+        check_exact(await gateway.answer(1), "hello", 10)
+
+
 async def test_a_stop_string_that_the_prefix_began_is_completed() -> None:
     """Stop strings survive a move to another replica."""
     async with running_engine() as engine, session(engine) as gateway:
@@ -259,6 +270,39 @@ async def test_credits_bound_what_is_sent_and_grants_let_the_rest_go() -> None:
         assert not gateway.answers[1].over
         await gateway.send(credit=((1, 100),))
         check_exact(await gateway.answer(1), "hello", 10)
+
+
+async def test_choices_of_one_request_are_apart_and_continued_as_themselves() -> None:
+    """A choice is a function of (seed, choice, index): equal seeds, different answers, each the same wherever it goes on."""
+    sampling = SamplingParams(max_tokens=10, seed=5)
+    whole = [expected_tokens(user_says("hello"), 5, choice, 10) for choice in range(3)]
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("choices", {"pace_s": 0.001}))
+        await gateway.send(*(submission(k, "choices", sampling=sampling, choice=k) for k in range(3)))
+        assert [(await gateway.answer(k)).token_ids for k in range(3)] == whole
+        await gateway.send(submission(8, "choices", sampling=sampling, choice=2, prefix=tuple(whole[2][:4])))
+        assert (await gateway.answer(8)).token_ids == whole[2][4:]
+        strange = submission(9, "choices", sampling=sampling, choice=1)
+        strange.generated_prefix.add(choice=0, token_ids=whole[0][:4])
+        await gateway.send(strange)
+        assert isinstance((await gateway.answer(9)).error, BadRequest)
+        responses = await execute(engine, submission(0, "choices", sampling=sampling, choice=1))
+        assert {r.choice for r in responses} == {1}
+        assert [t for r in responses for t in r.token_ids] == whole[1]
+
+
+async def test_the_length_of_a_prompt_is_told_at_its_admission_once() -> None:
+    """Also of one that is tokenised in a thread, and of one that has no token yet: what is cancelled then has its cost too."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("quick", {}))
+        await engine.host(assignment("later", {"first_token_delay_s": 30.0}))
+        await gateway.send(submission(1, "quick"), submission(2, "quick", "x" * 5000), submission(3, "later"))
+        usages = [(await gateway.answer(stream_id)).usage for stream_id in (1, 2)]
+        await until(lambda: 3 in gateway.admitted, "the admission of what has no token yet")
+        assert [u and u.input_tokens for u in usages] == [gateway.admitted[1], gateway.admitted[2]]
+        assert gateway.admitted[3] == gateway.admitted[1]
+        assert gateway.admitted[2] > 5000
+        assert not gateway.answers[3].indexes
 
 
 @pytest.mark.parametrize(
