@@ -369,6 +369,8 @@ class EngineCore:
         except Exception as err:
             log.error("tokenising failed", replica=self.replica_id, request_id=submission.request.request_id, exc_info=err)
             raise BadRequest("the prompt cannot be tokenised by this model", param="messages") from err
+        if submission.prefix and max(submission.prefix) >= self._codec.vocab_size:  # clients bring tokens back, or make them up
+            raise BadRequest("the answer so far holds a token that this model does not have", param="generated_prefix")
         return tokens, fit_context(info, len(tokens), submission.request.sampling)
 
     def _tokenise(self, stream: Stream, info: RunnerInfo) -> None:

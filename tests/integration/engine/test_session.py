@@ -226,6 +226,17 @@ async def test_a_prefix_with_a_token_that_the_model_lacks_costs_nobody_else_anyt
         check_exact(await gateway.answer(1), "hello", 10)
 
 
+async def test_a_prefix_with_a_token_that_the_model_lacks_costs_nobody_else_anything() -> None:
+    """A client brings tokens back in an event id: they are input like any other."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("resume", {"pace_s": 0.002}))
+        await gateway.send(submission(1, "resume"), submission(2, "resume", prefix=(300, 2**32 - 1)))
+        error = (await gateway.answer(2)).error
+        assert isinstance(error, BadRequest)
+        assert error.param == "generated_prefix"
+        check_exact(await gateway.answer(1), "hello", 10)
+
+
 async def test_a_stop_string_that_the_prefix_began_is_completed() -> None:
     """Stop strings survive a move to another replica."""
     async with running_engine() as engine, session(engine) as gateway:
