@@ -104,7 +104,7 @@ class InferenceClient:
         *,
         timeout_s: float = 600.0,
     ) -> AsyncIterator[TokenChunk]:
-        """Stream an answer. The last chunk carries finish reason and usage.
+        """Stream an answer. The last chunk of each choice carries its finish reason, the last chunk of all the usage.
 
         Args:
             deployment: Name of the deployment.
@@ -144,7 +144,13 @@ class InferenceClient:
         *,
         timeout_s: float = 600.0,
     ) -> Tokens:
-        """The whole answer to a request with one choice. Arguments and errors as for `generate`."""
+        """The whole answer to a request with one choice. Arguments and errors as for `generate`.
+
+        Raises:
+            BadRequest: `sampling.n` asks for several choices; `generate` tells them apart.
+        """
+        if sampling is not None and sampling.n > 1:
+            raise BadRequest("complete() gives one choice; use generate() for more", param="n")
         text: list[str] = []
         tokens: list[int] = []
         finish, usage = FinishReason.STOP, Usage()
