@@ -186,7 +186,10 @@ class Session:
             raise BadRequest("the first message of a session must carry a hello", param="hello")
         self.gateway_id = message.hello.gateway_id
         welcome = engine_service_pb2.SessionWelcome(
-            engine_id=self._host.engine.id, boot_id=self._host.engine.boot_id, protocol_version=PROTOCOL_VERSION
+            engine_id=self._host.engine.id,
+            boot_id=self._host.engine.boot_id,
+            protocol_version=PROTOCOL_VERSION,
+            answers_pings=True,
         )
         self._first.append(engine_service_pb2.SessionResponse(welcome=welcome, draining=self._host.draining))
         self._welcomed = True
@@ -196,6 +199,9 @@ class Session:
             message = await read()
 
     def _handle(self, message: engine_service_pb2.SessionRequest) -> None:
+        if message.ping:
+            self._first.append(engine_service_pb2.SessionResponse(pong=message.ping))
+            self._wake.set()
         for submission in message.submissions:
             self._submit(submission)
         for cancellation in message.cancellations:

@@ -26,6 +26,9 @@ __all__ = ["RING_TEXT_BYTES", "RING_TOKENS", "STALL_S", "Outlet", "Stream", "Str
 #: What a stream with credits keeps for its reader at most: tokens, and bytes of text. A step never waits for a reader.
 RING_TOKENS = 8192
 RING_TEXT_BYTES = 1 << 20
+#: Tokens that are held back until there are enough leave after this time as they are, seconds: a slow answer is seen to begin,
+#: and to go on.
+HOLD_S = 1.0
 #: Time that a stream with something to send waits for credit, seconds, before it is cut off.
 STALL_S = 30.0
 
@@ -68,6 +71,7 @@ class Stream:
         "_first_chunk_timer",
         "_group",
         "_held",
+        "_held_since_s",
         "_held_text_bytes",
         "_held_tokens",
         "_plain",
@@ -104,6 +108,7 @@ class Stream:
         self._group = min(submission.coalesce_tokens, RING_TOKENS) if submission.credits else submission.coalesce_tokens
         self._held: list[TokenChunk] = []
         self._held_tokens = self._held_text_bytes = 0
+        self._held_since_s = 0.0
         self._stall_s = stall_s
         self._stall_timer: asyncio.TimerHandle | None = None
         self._first_chunk_timer: asyncio.TimerHandle | None = None
@@ -176,6 +181,8 @@ class Stream:
             self._core.end(self, None)
 
     def _hold(self, chunk: TokenChunk) -> None:
+        if not self._held:
+            self._held_since_s = time.monotonic()
         self._held.append(chunk)
         self._held_tokens += len(chunk.token_ids)
         self._held_text_bytes += _size_bytes(chunk.text)
@@ -216,7 +223,7 @@ class Stream:
     def _release(self) -> None:
         """Send what is held, as far as coalescing and credit allow, as one chunk."""
         full = self._held_tokens >= self._group or self._held_text_bytes >= RING_TEXT_BYTES
-        if not self._held or not (full or self.ended):
+        if not self._held or not (full or self.ended or time.monotonic() - self._held_since_s > HOLD_S):
             return
         count = len(self._held)
         if self.submission.credits:
