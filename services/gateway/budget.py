@@ -69,11 +69,15 @@ class AttemptBudget:
         self._retries[at] += allowed
         return allowed
 
+    def may_move(self, now: float) -> bool:
+        """Whether one more move is allowed."""
+        self._at(now)
+        return sum(self._moves) < self._rule.move_floor + self._rule.moves_per_request * max(self._peaks)
+
     def take_move(self, now: float) -> bool:
         """Whether one more move is allowed; spends it if so."""
-        at, rule = self._at(now), self._rule
-        allowed = sum(self._moves) < rule.move_floor + rule.moves_per_request * max(self._peaks)
-        self._moves[at] += allowed
+        allowed = self.may_move(now)
+        self._moves[self._at(now)] += allowed
         return allowed
 
     def _at(self, now: float) -> int:

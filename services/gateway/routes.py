@@ -22,7 +22,9 @@ from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2, coordinator_service_pb2_grpc
 from inference_runtime.wire import seconds
+from services.gateway.ejection import Standing, Trust, review
 from services.gateway.outcomes import Outcomes
+from services.gateway.pace import Pace
 from services.gateway.table_store import TableStore
 
 __all__ = ["Leader", "Leaders", "Link", "Route", "RouteTable", "RouteWatch", "Target", "choose"]
@@ -32,6 +34,9 @@ log = get_logger(__name__)
 #: Used where a route names none.
 DEFAULT_FIRST_CHUNK_TIMEOUT_S = 60.0
 DEFAULT_TOTAL_TIMEOUT_S = 600.0
+DEFAULT_NEXT_CHUNK_TIMEOUT_S = 10.0
+#: Seconds between two reviews of who is slow.
+REVIEW_S = 1.0
 #: Pauses between two tries to reach the coordinator, seconds: short at first, then bounded.
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
@@ -45,6 +50,15 @@ class Link(Protocol):
     @property
     def up(self) -> bool:
         """It takes submissions."""
+        ...
+
+    @property
+    def silent(self) -> bool:
+        """Nobody answers there at present, though asked to."""
+        ...
+
+    def listen(self) -> None:
+        """Take notice of what was heard lately. Called four times a second."""
         ...
 
 
@@ -76,12 +90,13 @@ class Leaders(Protocol[L]):
 class Target:
     """One replica as this worker sees it. Lives as long as the replica is in the table or has requests of ours."""
 
-    __slots__ = ("capabilities", "in_flight", "link", "load", "outcomes", "replica_id", "revision", "serving")
+    __slots__ = ("capabilities", "in_flight", "link", "load", "outcomes", "pace", "replica_id", "revision", "serving", "trust")
 
     def __init__(self, replica: common_pb2.Replica, link: Link) -> None:
         self.replica_id = replica.id
         self.link = link
         self.outcomes = Outcomes()
+        self.pace, self.trust = Pace(), Trust()
         #: Requests that ran and waited there at the last report.
         self.load = 0
         #: Requests of this worker that are there now.
@@ -100,6 +115,11 @@ class Target:
         return self.serving and self.link.up
 
     @property
+    def shunned(self) -> bool:
+        """A request goes elsewhere where it can: nobody answers there, or far more slowly than others do."""
+        return self.in_flight >= self.trust.limit or self.link.silent
+
+    @property
     def score(self) -> int:
         """How busy it is: what was reported, and what has been sent there from here."""
         return self.load + self.in_flight
@@ -115,6 +135,7 @@ class Route:
     first_chunk_timeout_s: float
     total_timeout_s: float
     targets: tuple[Target, ...]
+    next_chunk_timeout_s: float = DEFAULT_NEXT_CHUNK_TIMEOUT_S
     max_context_tokens: int = 0
     disconnected_timeout_s: float = 0.0
 
@@ -125,10 +146,20 @@ class RouteTable:
     Args:
         link_to: The link to an engine, from (engine id, address); the same one for the same arguments.
         on_change: Called after each change that could let a waiting request go on.
+        metrics: Where it is published who is put aside; None publishes it nowhere.
     """
 
-    def __init__(self, link_to: Callable[[str, str], Link], on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        link_to: Callable[[str, str], Link],
+        on_change: Callable[[], None] = lambda: None,
+        metrics: MetricSet | None = None,
+    ) -> None:
         self._link_to, self._on_change = link_to, on_change
+        metrics = metrics or MetricSet()
+        self._shunned = metrics.gauge("inference_replicas_shunned", "deployment", "cause")
+        self._ejections = metrics.counter("inference_replica_ejections_total", "deployment")
+        self._reviewed_at = 0.0
         self._engines: dict[str, tuple[str, str]] = {}
         self.targets: dict[str, Target] = {}
         self.routes: Mapping[str, Route] = MappingProxyType({})
@@ -190,6 +221,7 @@ class RouteTable:
             generation=line.generation,
             first_chunk_timeout_s=seconds(line.first_chunk_timeout) or DEFAULT_FIRST_CHUNK_TIMEOUT_S,
             total_timeout_s=seconds(line.total_timeout) or DEFAULT_TOTAL_TIMEOUT_S,
+            next_chunk_timeout_s=seconds(line.next_chunk_timeout) or DEFAULT_NEXT_CHUNK_TIMEOUT_S,
             targets=tuple(targets),
             max_context_tokens=max((r.max_context_tokens for r in line.replicas), default=0),
             disconnected_timeout_s=seconds(line.disconnected_timeout),
@@ -204,11 +236,47 @@ class RouteTable:
         """At least one replica can be reached and does not fail all it is given."""
         return any(target.usable and not target.outcomes.failing(now) for target in self.targets.values())
 
+    def sweep(self, now: float) -> None:
+        """Take notice of who answers, and how fast. Called four times a second."""
+        for link in {id(target.link): target.link for target in self.targets.values()}.values():
+            link.listen()
+        if now - self._reviewed_at >= REVIEW_S:
+            self._reviewed_at = now
+            self._review(now)
+        for target in self.targets.values():
+            target.pace.waits.clear()  # those of the next look only
+
+    def _review(self, now: float) -> None:
+        self._shunned.clear()
+        for route in self.routes.values():
+            heard = [target for target in route.targets if target.usable and not target.link.silent]
+            for target in review(heard, now) if len(route.targets) > 1 else ():
+                self._ejections.inc(route.deployment)
+                log.warning(
+                    "replica put aside: it is far slower than others",
+                    deployment=route.deployment, replica=target.replica_id, for_s=round(target.trust.until - now),
+                )  # fmt: skip
+            for target in route.targets:
+                if target.usable and target.link.silent:
+                    self._shunned.inc(route.deployment, "silent")
+                elif not target.usable:
+                    target.pace.clear()  # what comes back is another replica, or was idle
+                elif target.trust.standing is not Standing.FULL:
+                    self._shunned.inc(route.deployment, "slow")
+
+    def shunned(self) -> dict[str, list[str]]:
+        """Replicas that get few requests or none where there are others, by cause."""
+        usable = [target for target in self.targets.values() if target.usable]
+        silent = sorted(target.replica_id for target in usable if target.link.silent)
+        slow = sorted(target.replica_id for target in usable if target.trust.standing is not Standing.FULL)
+        return {cause: names for cause, names in (("silent", silent), ("slow", slow)) if names}
+
 
 def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> Target | None:
     """The replica for a request: the less busy of two drawn at random. None when none is usable.
 
-    Two draws keep gateways that see the same stale loads from all running to the same replica.
+    Two draws keep gateways that see the same stale loads from all running to the same replica. One that is shunned is chosen only
+    where all are.
 
     Args:
         route: Where it may go.
@@ -222,6 +290,10 @@ def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> T
     if len(fit) <= 1:
         return fit[0] if fit else None
     one, other = random.sample(fit, 2)
+    if one.shunned or other.shunned:
+        # Slow is better than silent.
+        fit = [t for t in fit if not t.shunned] or [t for t in fit if not t.link.silent] or fit
+        one, other = random.sample(fit, 2) if len(fit) > 1 else fit * 2
     return one if one.score <= other.score else other
 
 

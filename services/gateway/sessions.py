@@ -19,6 +19,7 @@ from inference_runtime.errors import EngineLost, InferenceError, Internal
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import engine_service_pb2
+from services.gateway.silence import Ear
 
 __all__ = ["PROTOCOL_VERSION", "Receiver", "Session", "SessionPool", "encoded", "messages"]
 
@@ -96,11 +97,31 @@ class Session:
         self._connected = False
         #: No longer in the routing table: ends when its last request does.
         self.retired = False
+        self._ear = Ear()
+        self._answers_pings = False
+        self._ping_due = False
+        self._pings = itertools.count(1)
 
     @property
     def idle(self) -> bool:
         """Nothing runs on it."""
         return not self._streams
+
+    @property
+    def silent(self) -> bool:
+        """Its engine answers nothing at present, though it was asked to."""
+        return self._ear.silent
+
+    def listen(self) -> None:
+        """Take notice of what was heard lately. Called by the sweeper."""
+        if not (self._connected and self._answers_pings):
+            return
+        was_silent = self._ear.silent
+        if self._ear.sweep(expecting=bool(self._streams)):
+            self._ping_due = True
+            self._wake.set()
+        elif self._ear.silent != was_silent:
+            log.warning("engine silent" if self._ear.silent else "engine heard again", engine=self.engine_id)
 
     def submit(self, submission: Submission, receiver: Receiver) -> int:
         """Send a submission with the next message. Returns the stream id it got."""
@@ -164,9 +185,11 @@ class Session:
             raise EngineLost("no welcome in time") from err
         if not isinstance(first, SessionResponse) or not first.HasField("welcome"):
             raise EngineLost("its first message was no welcome")
+        self._answers_pings = first.welcome.answers_pings
         self._begin()
         writer = tasks.create_task(self._write(call))
         while isinstance(message := await call.read(), SessionResponse):
+            self._ear.heard = True
             if message.HasField("frame"):
                 self._dispatch(message.frame)
             if message.draining:
@@ -184,10 +207,11 @@ class Session:
             self._wake.clear()
             submissions, self._submissions = self._submissions, []
             cancellations, self._cancellations = self._cancellations, []
-            cancelled = (
-                engine_service_pb2.SessionRequest(cancellations=cancellations).SerializeToString() if cancellations else b""
-            )
-            for message in messages([*submissions, cancelled] if cancelled else submissions):
+            if cancellations or self._ping_due:
+                ping, self._ping_due = next(self._pings) if self._ping_due else 0, False
+                others = engine_service_pb2.SessionRequest(cancellations=cancellations, ping=ping)
+                submissions.append(others.SerializeToString())
+            for message in messages(submissions):
                 await call.write(message)
 
     def _begin(self) -> None:
@@ -199,6 +223,8 @@ class Session:
     def _end(self, error: InferenceError) -> bool:
         """Tell every request on the stream. Returns whether it had been open."""
         was_open, self.up, self._connected = self._connected, False, False
+        self._ear.reset()
+        self._ping_due = False
         if was_open:
             self._open.inc(by=-1)
             log.warning("session lost", engine=self.engine_id, requests=len(self._streams), why=error.message)

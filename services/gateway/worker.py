@@ -72,7 +72,7 @@ class GatewayWorker(Generic[L]):
         metrics = telemetry.metrics
         gateway_id = f"{socket.gethostname()}-{os.getpid()}-{new_id()[:8]}"
         self.sessions = SessionPool(gateway_id, self._changed, metrics)
-        self.table = RouteTable(self.sessions.link_to, self._changed)
+        self.table = RouteTable(self.sessions.link_to, self._changed, metrics)
         self.usage = UsageReporter(metrics_leaders, metrics)
         self.live = LiveRequests(self.table, settings.limits, self.usage, telemetry, settings.http.keepalive_s)
         self._watch = RouteWatch(self.table, coordinators, gateway_id, metrics, etcd, store)

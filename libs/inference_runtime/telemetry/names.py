@@ -17,6 +17,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_route_table_revision": ("", "Revision of the routing table in use"),
     "inference_route_table_age_seconds": ("s", "Time since the routing table was last confirmed"),
     "inference_sessions": ("", "Open sessions between gateways and engines"),
+    "inference_replicas_shunned": ("", "Replicas that get few requests or none, by deployment and cause (silent, slow)"),
+    "inference_replica_ejections_total": ("", "Times a replica was put aside for being far slower than others, by deployment"),
     "inference_frames_dropped_total": ("", "Chunks that were dropped, by cause (old epoch, duplicate, gap)"),
     "inference_resumptions_total": ("", "Broken answers, by deployment and outcome (resumed: went on elsewhere; failed)"),
     "inference_stream_copies": ("", "Streams of this gateway that another one is given a copy of"),

@@ -200,7 +200,8 @@ class HttpApp:
             reason = "every replica that can be reached fails what it is given"
         else:
             served = {"status": "ready", "deployments": sorted(self._table.routes)}
-            self._reply(connection, request, {**served, **self.control_plane()})
+            shunned = self._table.shunned()
+            self._reply(connection, request, {**served, **({"shunned": shunned} if shunned else {}), **self.control_plane()})
             return
         self._reply(connection, request, {"status": "not ready", "reason": reason}, 503, b"retry-after: 1\r\n")
 

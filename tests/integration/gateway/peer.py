@@ -80,6 +80,9 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
         self.cancellations: list[engine_service_pb2.Cancellation] = []
         self.messages: list[engine_service_pb2.SessionRequest] = []
         self.sessions = 0
+        #: It answers pings. Switched off, it is as silent as a process that stands still.
+        self.hears = True
+        self.pings = 0
         self._out: asyncio.Queue[engine_service_pb2.SessionResponse | InferenceError] = asyncio.Queue()
         self.refuse = False
 
@@ -91,7 +94,7 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
         self.sessions += 1
         self._out = asyncio.Queue()
         welcome = engine_service_pb2.SessionWelcome(
-            engine_id=self.name, boot_id=f"{self.name}-{self.sessions}", protocol_version=1
+            engine_id=self.name, boot_id=f"{self.name}-{self.sessions}", protocol_version=1, answers_pings=True
         )
         await write(engine_service_pb2.SessionResponse(welcome=welcome))
         async with asyncio.TaskGroup() as tasks:
@@ -105,6 +108,10 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
 
     async def _read(self, read: Callable[[], object]) -> None:
         while isinstance(message := await read(), engine_service_pb2.SessionRequest):  # type: ignore[misc]
+            if message.ping:
+                self.pings += 1
+                if self.hears:
+                    self.send_raw(engine_service_pb2.SessionResponse(pong=message.ping))
             self.messages.append(message)
             self.submissions.extend(message.submissions)
             self.cancellations.extend(message.cancellations)

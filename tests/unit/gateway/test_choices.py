@@ -34,6 +34,10 @@ class Engine:
     """The far end of a session, driven by hand: what was submitted and not taken back."""
 
     up = True
+    silent = False
+
+    def listen(self) -> None:
+        """Nothing is said in silence."""
 
     def __init__(self) -> None:
         self.streams: dict[int, tuple[Submission, Receiver]] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from inference_runtime.errors import StaleLeader
+from inference_runtime.telemetry import MetricSet
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2
 from services.gateway.routes import Route, RouteTable, choose
 
@@ -17,6 +18,10 @@ class Line:
     """A link that is up or down as the test says."""
 
     up: bool = True
+    silent: bool = False
+
+    def listen(self) -> None:
+        """The test says what is heard."""
 
 
 class Net:
@@ -147,6 +152,56 @@ def test_the_less_busy_of_two_is_chosen(table: RouteTable) -> None:
     assert {t.replica_id for _ in range(20) if (t := choose(route(table)))} == {"b"}
     route(table).targets[1].in_flight = 9
     assert {t.replica_id for _ in range(20) if (t := choose(route(table)))} == {"a"}
+
+
+def chosen(table: RouteTable) -> set[str]:
+    """Ids of those that are chosen."""
+    return {t.replica_id for _ in range(60) if (t := choose(route(table)))}
+
+
+def test_a_silent_replica_is_chosen_only_where_there_is_no_other(table: RouteTable, net: Net) -> None:
+    """R-03: also one that has nothing to do, and so would be the better of two."""
+    table.apply(update(replica("a"), replica("b"), loads={"b": 9}))
+    net.lines["engine-of-a", "a:1"].silent = True
+    assert chosen(table) == {"b"}
+    assert choose(route(table), {"b"}) is route(table).targets[0]
+    net.lines["engine-of-b", "b:1"].up = False
+    assert chosen(table) == {"a"}
+
+
+def test_a_slow_replica_is_better_than_a_silent_one_and_worse_than_any_other(table: RouteTable, net: Net) -> None:
+    """R-08."""
+    table.apply(update(replica("a"), replica("b"), replica("c"), loads={"c": 9}))
+    net.lines["engine-of-a", "a:1"].silent = True
+    table.targets["b"].trust.limit = 0
+    assert chosen(table) == {"c"}
+    net.lines["engine-of-c", "c:1"].silent = True
+    assert chosen(table) == {"b"}
+    table.targets["b"].trust.limit = 2
+    net.lines["engine-of-c", "c:1"].silent = False
+    table.targets["b"].in_flight = 1
+    assert chosen(table) == {"b"}  # on trial, with less to do than the other
+    table.targets["b"].in_flight = 2
+    assert chosen(table) == {"c"}
+
+
+def test_r_08_the_table_puts_a_slow_replica_aside_and_shows_it(net: Net) -> None:
+    metrics = MetricSet()
+    table = RouteTable(net.link_to, metrics=metrics)
+    table.apply(update(replica("a"), replica("b"), replica("c")))
+    for second in range(8):
+        for name, token_s in (("a", 0.4), ("b", 0.02), ("c", 0.02)):
+            for answer in range(3):
+                table.targets[name].pace.went_on(answer, 1.0, int(1 / token_s))
+        table.sweep(100.0 + second)
+    assert chosen(table) == {"b", "c"}
+    assert table.shunned() == {"slow": ["a"]}
+    text = metrics.prometheus_text().decode()
+    assert 'inference_replicas_shunned{deployment="demo",cause="slow"} 1' in text
+    assert 'inference_replica_ejections_total{deployment="demo"} 1' in text
+    net.lines["engine-of-a", "a:1"].up = False
+    table.sweep(109.0)
+    assert table.shunned() == {}
 
 
 def test_load_spreads_over_equal_replicas(table: RouteTable) -> None:

@@ -145,6 +145,10 @@ def test_a_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None
 
 class Link:
     up = True
+    silent = False
+
+    def listen(self) -> None:
+        """Nothing is said."""
 
 
 def test_a_table_from_disk_never_wins_over_a_live_one() -> None:
