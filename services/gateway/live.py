@@ -68,6 +68,7 @@ class LiveRequests:
         metrics = tele.metrics
         self.dropped = metrics.counter("inference_frames_dropped_total", "cause")
         self.resumptions = metrics.counter("inference_resumptions_total", "deployment", "outcome")
+        self.retries = metrics.counter("inference_retries_total", "deployment", "kind")
         self._ended = metrics.counter("inference_requests_total", "deployment", "outcome")
         self._in_flight = metrics.gauge("inference_requests_in_flight", "deployment")
         self._tokens_in = metrics.counter("inference_tokens_in_total", "deployment")
@@ -241,7 +242,6 @@ class LiveRequests:
             self._sweep(time.monotonic())
 
     def _sweep(self, now: float) -> None:
-        self.table.sweep(now)
         self.wake()
         in_flight: dict[str, int] = dict.fromkeys(self.table.routes, 0)
         for request in tuple(self.requests):

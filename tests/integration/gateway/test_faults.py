@@ -206,6 +206,8 @@ async def test_a_storm_of_refusals_ends_at_the_budget(start: Start) -> None:
         assert sorted(r.status_code for r in answers) == [200] * 3 + [429] * 7
         assert {r.json()["error"]["code"] for r in refused} == {"retry_budget_exhausted"}
         assert {r.headers["retry-after"] for r in refused} == {"1"}
+        assert gateway.metric('inference_retries_total{deployment="demo",kind="retry"}') == 3
+        assert gateway.metric('inference_retries_total{deployment="demo",kind="move"}') == 0
 
 
 async def test_a_death_moves_everything_and_endless_deaths_do_not(start: Start) -> None:
@@ -228,6 +230,7 @@ async def test_a_death_moves_everything_and_endless_deaths_do_not(start: Start) 
         assert all("two" in b for b in whole)
         assert all('"retry_budget_exhausted"' in b for b in torn)
         assert len(a.submissions) == 16
+        assert gateway.metric('inference_retries_total{deployment="demo",kind="move"}') == 8
 
 
 async def test_a_refusal_before_the_first_chunk_is_tried_elsewhere(start: Start) -> None:
