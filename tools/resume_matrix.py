@@ -33,7 +33,7 @@ from inference_runtime.generation import (
     Usage,
 )
 from inference_runtime.runner import RunnerConfig, Runtime, load_runtime
-from inference_runtime.stepping import SteppedRunner
+from inference_runtime.stepped import SteppedRunner
 from inference_runtime.text import TextAssembler
 
 __all__ = ["RUNNERS", "matrix"]

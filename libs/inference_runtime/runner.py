@@ -2,7 +2,7 @@
 
 A `Runtime` is found by name through the entry point group `inference_runtime.runtimes`. It makes, for one deployment, a `Codec`
 (text <-> tokens, in the engine's stable tier: no device, no torch) and a runner. A local runtime makes a `StepRunner`, which one
-worker thread drives step by step; any other runtime makes a `ModelRunner`, which streams chunks by itself. `stepping.py` wraps a
+worker thread drives step by step; any other runtime makes a `ModelRunner`, which streams chunks by itself. `stepped.py` wraps a
 StepRunner and its Codec into a ModelRunner, so there is one contract to call: `execute(request) -> chunks`.
 """
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 
+from inference_runtime.answers import ChoiceAssembler, check_supported, encode_prompt, fit_context
 from inference_runtime.deployment import DeploymentSpec
 from inference_runtime.errors import (
     Backpressure,
@@ -29,7 +30,7 @@ from inference_runtime.errors import (
 )
 from inference_runtime.generation import ChatPrompt, FinishReason, SamplingParams, TextPart, TextPrompt
 from inference_runtime.runner import Codec, RunnerConfig, RunnerInfo, Runtime
-from inference_runtime.stepping import ChoiceAssembler, StepReport, check_supported, encode_prompt, fit_context
+from inference_runtime.stepping import StepReport
 from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from services.engine.context import ContextFactory

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from inference_runtime.answers import ChoiceAssembler
 from inference_runtime.errors import InferenceError, Internal, RequestCancelled, SlowConsumer, Timeout
 from inference_runtime.generation import TokenChunk
 from inference_runtime.runner import StepOutput
-from inference_runtime.stepping import ChoiceAssembler
 from services.engine.queue import Waiting
 from services.engine.submission import Submission
 from services.engine.worker import Flight

@@ -28,7 +28,7 @@ from inference_runtime.generation import (
     TokenChunk,
 )
 from inference_runtime.runner import ModelRunner, RebuildCause, RunnerConfig, Runtime
-from inference_runtime.stepping import SteppedRunner
+from inference_runtime.stepped import SteppedRunner
 
 __all__ = ["Check", "RunnerFault", "check_runner"]
 

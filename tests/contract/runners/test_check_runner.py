@@ -16,7 +16,7 @@ import inference_runtime
 from inference_runtime.generation import GenerationRequest, TokenChunk
 from inference_runtime.runner import RunnerConfig, RunnerInfo, StepOutput, StepRequest, load_runtime
 from inference_runtime.runners.scripted import RUNTIME, ScriptedRunner, ScriptedRuntime
-from inference_runtime.stepping import SteppedRunner
+from inference_runtime.stepped import SteppedRunner
 from inference_runtime.testing.check_runner import Check, RunnerFault, check_runner
 
 CONFIG = RunnerConfig("check", {"max_context_tokens": 4096})

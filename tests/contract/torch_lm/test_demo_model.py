@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from inference_runtime.answers import encode_prompt
 from inference_runtime.errors import ContextLengthExceeded
 from inference_runtime.generation import Message, Role, SamplingParams, TextPart, TextPrompt
 from inference_runtime.runner import RunnerConfig
 from inference_runtime.runners.torch_lm import RUNTIME
 from inference_runtime.runners.torch_lm.checkpoint import DEMO_FOLDER
-from inference_runtime.stepping import encode_prompt
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "train_demo_model.py"
 #: Size that a clone of the repository pays for the demo model.

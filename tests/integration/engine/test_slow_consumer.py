@@ -7,12 +7,12 @@ import asyncio
 import grpc
 import pytest
 
+from inference_runtime.answers import ChoiceAssembler
 from inference_runtime.errors import SlowConsumer
 from inference_runtime.generation import ChatPrompt, FinishReason, GenerationRequest, SamplingParams, TokenChunk
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.runner import StepOutput
 from inference_runtime.runners.scripted import ScriptedCodec
-from inference_runtime.stepping import ChoiceAssembler
 from inference_runtime.testing.scripted import expected_tokens, user_says
 from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc
 from services.engine.core import EngineCore

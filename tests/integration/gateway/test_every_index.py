@@ -20,7 +20,7 @@ from inference_runtime.rpc import RpcServer
 from inference_runtime.runner import RunnerConfig
 from inference_runtime.runners.scripted import FIRST_WORD, RUNTIME, ScriptedCodec
 from inference_runtime.settings import TelemetrySettings
-from inference_runtime.stepping import SteppedRunner
+from inference_runtime.stepped import SteppedRunner
 from inference_runtime.telemetry import Telemetry
 from inference_runtime.testing.scripted import expected_text, expected_tokens, user_says
 from inference_runtime.v1 import engine_service_pb2, engine_service_pb2_grpc

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from inference_runtime.answers import ChoiceAssembler
 from inference_runtime.errors import (
     Backpressure,
     BadRequest,
@@ -20,7 +21,7 @@ from inference_runtime.errors import (
 from inference_runtime.generation import FinishReason, GenerationRequest, SamplingParams, TextPrompt, TokenChunk, TokenPrompt
 from inference_runtime.runner import RebuildCause, RunnerConfig, StepOutput, StepRequest
 from inference_runtime.runners.scripted import ScriptedCodec, ScriptedRunner
-from inference_runtime.stepping import ChoiceAssembler, SteppedRunner
+from inference_runtime.stepped import SteppedRunner
 from inference_runtime.testing.scripted import expected_text, expected_tokens
 
 
