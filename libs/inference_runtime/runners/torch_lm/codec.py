@@ -1,11 +1,14 @@
 """Text <-> tokens for one checkpoint: its tokenizer, its chat template, the exact bytes of each token. No torch in here.
 
-Lives in the engine's stable tier. A codec is immutable after it was made, so any thread may use it.
+Lives in the engine's stable tier. A codec is immutable after it was made, so any thread may use it. Special tokens come from the
+chat template and the tokenizer alone: a user who spells one gets its characters. Otherwise a message could end its own turn and
+speak as the system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import Tokenizer
 
@@ -20,6 +23,9 @@ __all__ = ["TokenizerCodec", "make_codec"]
 ROLE_NAMES = {Role.SYSTEM: "system", Role.USER: "user", Role.ASSISTANT: "assistant", Role.TOOL: "tool"}
 #: SentencePiece writes a space as this character (U+2581).
 SPACE_MARK = "\u2581"
+#: Characters without a meaning of their own. One that a conversation does not hold stands, on the way through the template,
+#: around the number of a special token that somebody spelled.
+PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class TokenizerCodec:
@@ -35,6 +41,13 @@ class TokenizerCodec:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special and t.content}
+        spellings = sorted(self._special, key=len, reverse=True)  # of two that begin alike, the longer one is meant
+        self._spelled = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        self._literal = tokenizer
+        if spellings:
+            self._literal = Tokenizer.from_str(tokenizer.to_str())
+            self._literal.encode_special_tokens = True  # their spellings are text like any other
         self._table = table
         self._eos_token_ids = eos_token_ids
         self._max_token_bytes = max_token_bytes
@@ -63,21 +76,59 @@ class TokenizerCodec:
         """
         if self._template is None:
             raise BadRequest("this model has no chat template; use completions instead of chat", param="messages")
-        text = self._template.render([_as_dict(message) for message in messages])
-        return self._encode(text, add_special_tokens=False)
+        turns = [_as_dict(message) for message in messages]
+        spelled = self._spelled
+        if spelled is None or not any(spelled.search(text) for turn in turns for text in turn.values()):
+            return _encode(self._tokenizer, self._template.render(turns), add_special_tokens=False)
+        return self._encode_spelled(self._template, turns, spelled)
+
+    def _encode_spelled(self, template: ChatTemplate, turns: list[dict[str, str]], spelled: re.Pattern[str]) -> list[int]:
+        """A conversation in which somebody spells special tokens: those are put aside while the template writes its own."""
+        aside: list[str] = []
+        mark = _unused(text for turn in turns for text in turn.values())
+
+        def put_aside(found: re.Match[str]) -> str:
+            aside.append(found[0])
+            return f"{mark}{len(aside) - 1}{mark}"
+
+        def bring_back(found: re.Match[str]) -> str:
+            return aside[int(found[1])]
+
+        text = template.render([{key: spelled.sub(put_aside, value) for key, value in turn.items()} for turn in turns])
+        placeholder = re.compile(f"{mark}([0-9]+){mark}")
+        ids: list[int] = []
+        at = 0
+        for special in spelled.finditer(text):
+            ids += self._encode_literal(placeholder.sub(bring_back, text[at : special.start()]))
+            ids.append(self._special[special[0]])
+            at = special.end()
+        return ids + self._encode_literal(placeholder.sub(bring_back, text[at:]))
+
+    def _encode_literal(self, text: str) -> list[int]:
+        return _encode(self._literal, text, add_special_tokens=False) if text else []
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, with the begin-of-text token where the tokenizer adds one."""
-        return self._encode(text, add_special_tokens=True)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # A batch of one: tokenizers holds the interpreter's lock all through `encode`, and lets it go for a batch.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
+        return _encode(self._literal, text, add_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; b"" for special tokens and for ids without a token."""
         return self._table[token_id]
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    # A batch of one: tokenizers holds the interpreter's lock all through `encode`, and lets it go for a batch.
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
+
+def _unused(texts: Iterable[str]) -> str:
+    """A character for private use that none of these texts holds."""
+    held = set().union(*texts)
+    free = next((chr(c) for c in PRIVATE_USE if chr(c) not in held), None)
+    if free is None:
+        raise BadRequest("the conversation holds every character that is for private use; leave some out", param="messages")
+    return free
 
 
 def make_codec(checkpoint: Checkpoint) -> TokenizerCodec:
@@ -98,13 +149,13 @@ def make_codec(checkpoint: Checkpoint) -> TokenizerCodec:
     )
 
 
-def _as_dict(message: Message) -> dict[str, object]:
+def _as_dict(message: Message) -> dict[str, str]:
     for part in message.content:
         if isinstance(part, Media):
             raise Unsupported(
                 f"this model reads text only, not {part.kind}", feature=part.kind, runtime="torch", param="messages"
             )
-    value: dict[str, object] = {"role": ROLE_NAMES[message.role], "content": message.text}
+    value: dict[str, str] = {"role": ROLE_NAMES[message.role], "content": message.text}
     return value | {"name": message.name} if message.name else value
 
 
