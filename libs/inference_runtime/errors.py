@@ -32,6 +32,7 @@ __all__ = [
     "Quarantined",
     "RateLimited",
     "RequestCancelled",
+    "RequestTooLarge",
     "Retry",
     "RevisionMismatch",
     "RuntimeNotInstalled",
@@ -177,6 +178,14 @@ class PayloadTooLarge(BadRequest):
     reason = "PAYLOAD_TOO_LARGE"
     http_status = 413
     http_code = "payload_too_large"
+
+
+class RequestTooLarge(BadRequest):
+    """The request needs more memory than the device has, even with nothing else on it."""
+
+    reason = "REQUEST_TOO_LARGE"
+    http_status = 413
+    http_code = "request_too_large"
 
 
 class Quarantined(BadRequest):

@@ -218,6 +218,14 @@ class StepRunner(Protocol):
     An exception out of `step` concerns the whole context: the engine's decider looks at its class and at its `error_code`
     (ContextPoisoned and CUDA's sticky codes restart the context; anything else escalates). A fault of one sequence is
     reported in its StepOutput.
+
+    Two more methods are optional, and looked for by name:
+
+    `probe() -> bool`: whether the context still computes, found out by computing something small. Called after an exception, on a
+    thread of its own, with a limit of two seconds: it may hang. Without it, what an unknown exception means can only be guessed.
+
+    `on_oom() -> None`: give back memory that is held for later use. Called after a step that ran out of memory and left the
+    context sound, in the thread of the steps, before anything is admitted again.
     """
 
     def load(self, report: Callable[[LoadProgress], None]) -> RunnerInfo:

@@ -30,6 +30,7 @@ __all__ = [
     "mailbox_capacity",
     "mailbox_full",
     "probe",
+    "ran_out_of_memory",
 ]
 
 log = get_logger(__name__)
@@ -41,6 +42,8 @@ MAX_UNSEEN_STEPS = 4
 MAILBOX_FACTOR = 4
 #: Time a closing loop gets to end its step, seconds. After it the thread is left behind: nothing can stop a thread.
 CLOSE_TIMEOUT_S = 10.0
+#: Metadata `cause` of an error that means: this step needed more memory than there is.
+OUT_OF_MEMORY = "out_of_memory"
 #: Time that a context gets to prove that it still computes, seconds.
 PROBE_LIMIT_S = 2.0
 
@@ -209,6 +212,8 @@ class StepCycle:
             raise err
         self._fault = None
         err.__traceback__ = None  # its frames hold tensors
+        if verdict.fault_class is FaultClass.OUT_OF_MEMORY:
+            _free_memory(runner)
         return verdict
 
     def _read_mailbox(self, runner: StepRunner) -> tuple[list[StepOutput], list[int]]:
@@ -259,12 +264,28 @@ def mailbox_full() -> Backpressure:
 def _step_error(err: Exception, verdict: Verdict) -> InferenceError:
     """What the sequences of a failed step are told."""
     if verdict.fault_class is FaultClass.OUT_OF_MEMORY:
-        return Backpressure("the replica ran out of memory in this step; try again, or another replica", cause="out_of_memory")
+        return Backpressure("the replica ran out of memory in this step; try again, or another replica", cause=OUT_OF_MEMORY)
     if isinstance(err, InferenceError):
         return err
     fault = Internal(f"the step failed: {type(err).__name__}: {err}")
     fault.__cause__ = err
     return fault
+
+
+def ran_out_of_memory(err: Exception) -> Backpressure | None:
+    """The error, when it says that a step ran out of memory and its sequences may go on otherwise; else None."""
+    return err if isinstance(err, Backpressure) and err.metadata.get("cause") == OUT_OF_MEMORY else None
+
+
+def _free_memory(runner: StepRunner) -> None:
+    """Have the runner give back what it can, by its optional `on_oom()`. It gets no second chance: this is no place to fail."""
+    free: Callable[[], None] | None = getattr(runner, "on_oom", None)
+    if free is None:
+        return
+    try:
+        free()
+    except Exception as err:  # noqa: BLE001 - the next step shows whether the context is sound
+        log.warning("memory was not given back", error=repr(err))
 
 
 def probe(runner: StepRunner, limit_s: float = PROBE_LIMIT_S) -> Probe:
@@ -320,6 +341,11 @@ class StepLoop:
     def start(self) -> None:
         """Start the thread. `on_loaded` or `on_death` follows."""
         self._thread.start()
+
+    @property
+    def steps(self) -> int:
+        """Steps done. Written by the thread, one word, whole."""
+        return self._cycle.steps
 
     def admit(self, request: StepRequest) -> None:
         """Order a sequence in. A refusal of the runner comes as an output with an error.

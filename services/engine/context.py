@@ -37,6 +37,11 @@ class Context(Protocol):
         """What was loaded. Valid after `start`."""
         ...
 
+    @property
+    def steps(self) -> int:
+        """Steps made so far, those that gave nothing included. Known within a fraction of a second."""
+        ...
+
     async def start(self) -> None:
         """Load the model. Raises ContextFault."""
         ...
@@ -92,6 +97,11 @@ class ThreadContext:
     def info(self) -> RunnerInfo:
         """What was loaded. Valid after `start`."""
         return self._loaded.result()
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far."""
+        return self._steps.steps
 
     async def died(self) -> Exception:
         """Wait for the death of the step loop."""

@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 
-from inference_runtime.answers import ChoiceAssembler, check_supported, encode_prompt, fit_context
+from inference_runtime.answers import ChoiceAssembler, check_supported
 from inference_runtime.deployment import DeploymentSpec
 from inference_runtime.errors import (
     Backpressure,
-    BadRequest,
     Draining,
     InferenceError,
     Internal,
@@ -28,30 +27,31 @@ from inference_runtime.errors import (
     Timeout,
     Unsupported,
 )
-from inference_runtime.generation import ChatPrompt, FinishReason, SamplingParams, TextPart, TextPrompt
-from inference_runtime.runner import Codec, RunnerConfig, RunnerInfo, Runtime
+from inference_runtime.generation import FinishReason, SamplingParams
+from inference_runtime.runner import RunnerConfig, RunnerInfo, Runtime
 from inference_runtime.stepping import StepReport
 from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
-from inference_runtime.telemetry import Telemetry, get_logger
+from inference_runtime.telemetry import get_logger
+from services.engine.admission import Admission
 from services.engine.context import ContextFactory
-from services.engine.quarantine import Quarantine, fingerprint
-from services.engine.queue import WaitingRoom, cost_tokens
+from services.engine.health import READY_S, Health
+from services.engine.measures import CoreMetrics
+from services.engine.preparing import Prepared, Preparer, is_short
+from services.engine.probation import TRIALS_S
+from services.engine.process_context import HANG_S
+from services.engine.queue import cost_tokens
 from services.engine.stream import STALL_S, Outlet, Stream
 from services.engine.submission import Submission
-from services.engine.turnover import Turnover
 from services.engine.worker import Flight, Worker
 
-__all__ = ["CoreMetrics", "CoreState", "EngineCore"]
+__all__ = ["CoreState", "EngineCore"]
 
 log = get_logger(__name__)
 
-#: Prompts up to this size are tokenised where they arrive: a hop to a thread and back costs more.
-INLINE_PROMPT_CHARS = 1024
-#: Work that may wait, as a multiple of what the runner can hold: a batch of requests as long as the context. Four batches take
-#: longer than most callers wait; with answers of common length the bound by requests comes first.
-WAITING_BATCHES = 4
-#: Bounds of what a caller is told to wait, seconds, and what it is told while the rate is unknown.
-LEAST_RETRY_S, MOST_RETRY_S, UNKNOWN_RETRY_S = 0.1, 60.0, 1.0
+#: What the canary asks, and its tokens at most.
+CANARY_TEXT, CANARY_TOKENS = "ok", 4
+#: Time between two looks at a replica's health, seconds. A loop that was away for longer than LATE_S more saw nothing meanwhile.
+LOOK_S, LATE_S = 0.25, 1.0
 
 
 class CoreState(enum.Enum):
@@ -59,24 +59,10 @@ class CoreState(enum.Enum):
 
     LOADING = "loading"
     SERVING = "serving"
+    NOT_READY = "not_ready"
     RESTARTING = "restarting"
     DRAINING = "draining"
     FAILED = "failed"
-
-
-class CoreMetrics:
-    """What the cores of one process measure."""
-
-    def __init__(self, telemetry: Telemetry) -> None:
-        metrics = telemetry.metrics
-        self.telemetry = telemetry
-        self.queue_s = metrics.histogram("inference_queue_seconds", "deployment")
-        self.step_s = metrics.histogram("inference_step_seconds", "deployment")
-        self.cancel_s = metrics.histogram("inference_cancel_to_stop_seconds", "deployment")
-        self.restarts = metrics.counter("inference_context_restarts_total", "deployment", "cause")
-        self.running = metrics.gauge("inference_running", "deployment", "replica")
-        self.queued = metrics.gauge("inference_queued", "deployment", "replica")
-        self.kv_use = metrics.gauge("inference_kv_use", "deployment", "replica")
 
 
 class EngineCore:
@@ -97,6 +83,9 @@ class EngineCore:
         tokenisers: Threads that tokenise long prompts.
         metrics: Where it counts.
         stall_s: Time after which a stream that its reader grants no credit is cut off, seconds.
+        ready_s: Age of the last step, or of the canary's last answer, beyond which it is not ready, seconds.
+        hang_s: Least time without either that is taken for a hang, seconds.
+        trials_s: Time that finding the cause of a context's death may keep other requests waiting, seconds.
         on_change: Called when state, reason, info or restarts changed.
     """
 
@@ -113,6 +102,9 @@ class EngineCore:
         tokenisers: Executor,
         metrics: CoreMetrics,
         stall_s: float = STALL_S,
+        ready_s: float = READY_S,
+        hang_s: float = HANG_S,
+        trials_s: float = TRIALS_S,
         on_change: Callable[[EngineCore], None],
     ) -> None:
         self.replica_id, self.spec, self.revision, self.runtime = replica_id, spec, revision, runtime
@@ -130,15 +122,15 @@ class EngineCore:
             max_context_tokens=spec.serving.max_context_tokens,
             max_batch=spec.serving.max_concurrent,
         )
-        self._worker = Worker(contexts, self._config, name=replica_id, listener=self, policy=policy)
+        self._worker = Worker(contexts, self._config, name=replica_id, listener=self, policy=policy, trials_s=trials_s)
+        self._health = Health(self._worker, replica_id, ready_s, hang_s, time.monotonic())
+        self._look_s = min(LOOK_S, ready_s / 10)
         self._tokenisers, self._metrics, self._on_change = tokenisers, metrics, on_change
-        self._codec: Codec | None = None
+        self._preparer: Preparer | None = None
         self._numbers = itertools.count(1)
         self._streams: dict[int, Stream] = {}  # admitted and not ended
         self._running: set[Stream] = set()  # of those, the ones with the worker
-        self._room: WaitingRoom[Stream] = WaitingRoom(0, 0)  # of the admitted, those that are ready to run
-        self._turnover = Turnover()
-        self._quarantine = Quarantine()
+        self._admission = Admission(self._name, revision)
         self._aborting: dict[int, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -147,16 +139,47 @@ class EngineCore:
 
     async def run(self) -> None:
         """Load, and serve until cancelled. A replica that cannot work ends in FAILED with its reason; nothing is raised."""
-        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks:
+            looking = tasks.create_task(self._keep_looking(), name=f"health-{self.replica_id}")
+            try:
+                self.runtime.validate(self._config)
+                await asyncio.get_running_loop().run_in_executor(self._tokenisers, self._make_codec)
+                await self._worker.run()
+            except (GaveUp, InferenceError) as err:
+                self._give_up(str(err))
+            except Exception as err:  # a runtime is foreign code: whatever it raises ends this replica, not the engine
+                log.error("replica failed", replica=self.replica_id, exc_info=err)
+                self._give_up(f"runtime {self.runtime.name!r} failed: {type(err).__name__}: {err}")
+            finally:
+                looking.cancel()
+
+    def _make_codec(self) -> None:
+        codec = self.runtime.make_codec(self._config)
+        self._preparer = Preparer(codec, self.replica_id)
         try:
-            self.runtime.validate(self._config)
-            self._codec = await loop.run_in_executor(self._tokenisers, self.runtime.make_codec, self._config)
-            await self._worker.run()
-        except (GaveUp, InferenceError) as err:
-            self._give_up(str(err))
-        except Exception as err:  # a runtime is foreign code: whatever it raises ends this replica, not the engine
-            log.error("replica failed", replica=self.replica_id, exc_info=err)
-            self._give_up(f"runtime {self.runtime.name!r} failed: {type(err).__name__}: {err}")
+            self._health.canary_prompt = tuple(codec.encode(CANARY_TEXT)[:CANARY_TOKENS])
+        except Exception as err:  # noqa: BLE001 - foreign code; a model that takes no plain text has no canary
+            log.warning("no canary for this model", replica=self.replica_id, error=repr(err))
+
+    async def _keep_looking(self) -> None:
+        looked_s = time.monotonic()
+        while True:
+            await asyncio.sleep(self._look_s)
+            now = time.monotonic()
+            self._look(now, away=now - looked_s > self._look_s + LATE_S)
+            looked_s = now
+
+    def _look(self, now: float, *, away: bool) -> None:
+        """Publish whether it is ready, and use places that are free again."""
+        if self.state in (CoreState.SERVING, CoreState.NOT_READY):
+            since = min((s.admitted_s for s in self._running if s.flight is not None and s.flight.outputs_here), default=None)
+            reason = self._health.look(now, running_since_s=since, idle=not self._streams, away=away)
+            if bool(reason) != (self.state is CoreState.NOT_READY):
+                log.warning(
+                    "replica is not ready" if reason else "replica is ready again", replica=self.replica_id, reason=reason
+                )
+                self._set_state(CoreState.NOT_READY if reason else CoreState.SERVING, reason)
+        self._pump()
 
     def _give_up(self, reason: str) -> None:
         log.error("replica gave up", replica=self.replica_id, deployment=self.spec.name, reason=reason)
@@ -199,9 +222,14 @@ class EngineCore:
 
     def _set_state(self, state: CoreState, reason: str) -> None:
         self.state, self.reason = state, reason
+        self._metrics.ready.set(state is CoreState.SERVING, self.spec.name, self.replica_id)
         self._on_change(self)
 
     # --- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return f"replica {self.replica_id} of deployment {self.spec.name!r}"
 
     @property
     def context_generation(self) -> int:
@@ -218,6 +246,11 @@ class EngineCore:
         """Requests that run at once: as deployed, or the runner's batch where that is smaller."""
         limit = self.spec.serving.max_concurrent
         return limit if self.info is None else min(limit, self.info.max_batch)
+
+    @property
+    def _places(self) -> int:
+        """Requests that may run at once now: fewer for a while after the device's memory was too small for as many."""
+        return self._admission.watermark.limit(self.max_concurrent, time.monotonic())
 
     @property
     def running(self) -> int:
@@ -266,7 +299,8 @@ class EngineCore:
         total_s = self.spec.timeouts.total_s if submission.time_left_s is None else submission.time_left_s
         if total_s <= 0:
             raise Timeout("no time is left for this request", phase="admission", elapsed_s="0")
-        prepared = self._prepare(submission, info) if _prompt_chars(submission) <= INLINE_PROMPT_CHARS else None
+        assert self._preparer is not None
+        prepared = self._preparer.prepare(submission, info) if is_short(submission) else None
         if prepared is not None:
             self._check_room(submission, *prepared, left_s=min(total_s, self.spec.timeouts.first_chunk_s))
         stream = Stream(self, next(self._numbers), submission, outlet, self.stall_s)
@@ -281,13 +315,15 @@ class EngineCore:
 
     def _check(self, submission: Submission) -> RunnerInfo:
         request, info = submission.request, self.info
-        name = f"replica {self.replica_id} of deployment {self.spec.name!r}"
+        name = self._name
         if self.state is CoreState.DRAINING:
             raise Draining(f"{name} is draining; send the request to another replica")
         if self.state is CoreState.FAILED:
             raise NoReplica(f"{name} failed: {self.reason}")
         if info is None:
             raise NoReplica(f"{name} is still loading; try again shortly", retry_after_s=1.0)
+        if self.state is CoreState.NOT_READY:
+            raise NoReplica(f"{name} is not ready: {self.reason}", retry_after_s=1.0)
         if submission.revision and submission.revision != self.revision:
             raise RevisionMismatch(
                 f"{name} has revision {self.revision}; the request asks for {submission.revision}, and only replicas of one "
@@ -305,7 +341,7 @@ class EngineCore:
             )
             raise Backpressure(
                 f"{name} runs {self.running} requests {waits}; it takes no more; try another replica, or later",
-                retry_after_s=self._retry_after_s(),
+                retry_after_s=self._admission.retry_after_s(),
             )
         return info
 
@@ -316,74 +352,29 @@ class EngineCore:
         return self.max_concurrent + (serving.queue_capacity if serving.on_capacity_exhausted == "queue" else 0)
 
     def _size_room(self) -> None:
-        if self.info is not None:
-            # While the context is away, those that would run wait too: the room holds everybody. `_check` keeps the places apart.
-            self._room.max_requests = self._most_streams
-            self._room.max_tokens = WAITING_BATCHES * self.info.max_batch * self.info.max_context_tokens
+        if self.info is not None:  # `_check` keeps the places of those that run and those that wait apart
+            self._admission.resize(self.info, self._most_streams)
 
     def _check_room(self, submission: Submission, tokens: Sequence[int], sampling: SamplingParams, left_s: float) -> None:
-        """Refuse what is in quarantine, what would have to wait and may not, and what would wait for longer than it has time."""
-        if self._quarantine:
-            left_s_there = self._quarantine.left_s(fingerprint(self.revision, tokens, sampling), time.monotonic())
-            if left_s_there:
-                raise Quarantined(
-                    "this request was on the device context at two of its deaths and is refused for now; change the prompt",
-                    retry_after_s=left_s_there,
-                )
-        if self._has_place and not self._room:
-            return
-        request, cost = submission.request, cost_tokens(len(tokens), sampling, len(submission.prefix))
-        name = f"replica {self.replica_id} of deployment {self.spec.name!r}"
-        if not self._room.fits(cost):
-            raise Backpressure(
-                f"{name} has {self._room.tokens} tokens of work waiting; {cost} more are too many; try another replica, or later",
-                retry_after_s=self._retry_after_s(),
-            )
-        rate = self._turnover.tokens_per_s(time.monotonic())
-        wait_s = self._room.ahead(request.tenant, request.priority, cost) / rate if rate else 0.0
-        if wait_s > left_s:
-            raise Backpressure(
-                f"{name} would begin this in about {wait_s:.1f} s and {left_s:.1f} s are left; try another replica, or later",
-                retry_after_s=_bounded(wait_s),
-            )
-
-    def _retry_after_s(self) -> float:
-        """When trying again may help: once what waits now is served, or, where nothing waits, once a place is free."""
-        now = time.monotonic()
-        rate, ends = self._turnover.tokens_per_s(now), self._turnover.ends_per_s(now)
-        if not rate:
-            return UNKNOWN_RETRY_S
-        return _bounded(self._room.tokens / rate if self._room else 1.0 / ends)
+        done, waits = len(submission.prefix), not self._has_place
+        self._admission.check(submission.request, tokens, sampling, done, waits=waits, left_s=left_s)
 
     @property
     def _has_place(self) -> bool:
         """Whether a request could start now."""
-        return self._worker.ready and len(self._running) < self.max_concurrent
-
-    def _prepare(self, submission: Submission, info: RunnerInfo) -> tuple[Sequence[int], SamplingParams]:
-        """Tokenise and fit into the context. Thread-safe: called here, or in a tokeniser thread."""
-        assert self._codec is not None
-        try:
-            tokens = encode_prompt(self._codec, submission.request.prompt, info.max_context_tokens)
-        except InferenceError:
-            raise
-        except Exception as err:
-            log.error("tokenising failed", replica=self.replica_id, request_id=submission.request.request_id, exc_info=err)
-            raise BadRequest("the prompt cannot be tokenised by this model", param="messages") from err
-        if submission.prefix and max(submission.prefix) >= self._codec.vocab_size:  # clients bring tokens back, or make them up
-            raise BadRequest("the answer so far holds a token that this model does not have", param="generated_prefix")
-        return tokens, fit_context(info, len(tokens), submission.request.sampling)
+        return self._worker.ready and len(self._running) < self._places
 
     def _tokenise(self, stream: Stream, info: RunnerInfo) -> None:
+        assert self._preparer is not None
         loop = asyncio.get_running_loop()
 
-        def done(future: Future[tuple[Sequence[int], SamplingParams]]) -> None:
+        def done(future: Future[Prepared]) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._tokenised, stream, future)
 
-        self._tokenisers.submit(self._prepare, stream.submission, info).add_done_callback(done)
+        self._tokenisers.submit(self._preparer.prepare, stream.submission, info).add_done_callback(done)
 
-    def _tokenised(self, stream: Stream, future: Future[tuple[Sequence[int], SamplingParams]]) -> None:
+    def _tokenised(self, stream: Stream, future: Future[Prepared]) -> None:
         if stream.ended or future.cancelled():
             return
         err = future.exception()
@@ -400,57 +391,51 @@ class EngineCore:
 
     def _enqueue(self, stream: Stream, tokens: Sequence[int], sampling: SamplingParams) -> None:
         submission = stream.submission
-        assert self._codec is not None
+        assert self._preparer is not None
         stream.outlet.admitted(stream, len(tokens))
+        codec, prefix = self._preparer.codec, submission.prefix
         stream.choice = ChoiceAssembler(
-            self._codec, stop=sampling.stop, prompt_tokens=len(tokens), choice=submission.choice, prefix=submission.prefix
+            codec, stop=sampling.stop, prompt_tokens=len(tokens), choice=submission.choice, prefix=prefix
         )
         if stream.choice.stopped or len(submission.prefix) >= sampling.max_tokens:  # the prefix is the whole answer
             stream.deliver(stream.choice.end(FinishReason.STOP if stream.choice.stopped else FinishReason.LENGTH))
             return
         request = submission.request
-        stream.flight = Flight(0, tokens, sampling, stream, list(submission.prefix), request.tenant, choice=submission.choice)
-        stream.place = self._room.put(
+        stream.flight = Flight(
+            0,
+            tokens,
+            sampling,
             stream,
-            tenant=request.tenant,
-            priority=request.priority,
-            tokens=cost_tokens(len(tokens), sampling, len(submission.prefix)),
-            now_s=time.monotonic(),
-            deadline_s=stream.first_chunk_by_s,
+            list(prefix),
+            request.tenant,
+            context_deaths=submission.context_deaths,
+            choice=submission.choice,
         )
+        self._admission.enter(stream, request, cost_tokens(len(tokens), sampling, len(prefix)))
         self._pump()
 
     def _pump(self) -> None:
         """Give free places to those whose turn it is."""
-        if self._room and self._has_place:
+        room = self._admission.room
+        if room and self._has_place:
             now = time.monotonic()
             while self._has_place:
-                waiting, expired = self._room.take(now)
+                waiting, expired = room.take(now)
                 if waiting is not None:
                     self._start(waiting.item, now)
                 for late in expired:  # after that: each end may give away the places that are left
                     late.item.expire()
                 if waiting is None:
                     break
-        self._turnover.note_full(time.monotonic(), len(self._running) >= self.max_concurrent)
+        self._admission.note_full(len(self._running) >= self._places)
 
     def _start(self, stream: Stream, now: float) -> None:
         assert stream.flight is not None
+        if not self._running:
+            self._health.began(now)
         self._running.add(stream)
         self._metrics.queue_s.observe(now - stream.admitted_s, self.spec.name)
         self._worker.launch(stream.flight)
-
-    def _leave_room(self, stream: Stream) -> None:
-        """A place in the batch or in the room is free, and what it was used for is known."""
-        place, flight = stream.place, stream.flight
-        if place is None or flight is None:
-            return
-        if place.inside:
-            self._room.drop(place)
-        elif stream in self._running:
-            used = len(flight.prompt_token_ids) + len(flight.generated)
-            self._room.settle(place, used)
-            self._turnover.note_end(time.monotonic(), place.tokens, self.max_concurrent)
 
     def end(self, stream: Stream, err: InferenceError | None) -> None:
         """Take a stream out: its place is free, its sequence gone before the next step. Idempotent. Delivers nothing."""
@@ -458,54 +443,38 @@ class EngineCore:
             return
         stream.ended = True
         stream.stop_clocks()
-        self._leave_room(stream)
+        self._admission.leave(stream, ran=stream in self._running, places=self._places)
         self._running.discard(stream)
         flight = stream.flight
         if flight is not None and self._worker.abort(flight) and isinstance(err, RequestCancelled):
             self._aborting[flight.sequence_id] = time.monotonic()
         if flight is not None and isinstance(err, Quarantined):
-            self._quarantine.add(fingerprint(self.revision, flight.prompt_token_ids, flight.sampling), time.monotonic())
+            self._admission.quarantine(flight.prompt_token_ids, flight.sampling)
             log.warning("request quarantined", replica=self.replica_id, request_id=stream.submission.request.request_id)
-        self._record(stream, err)
+        self._health.ended(err, time.monotonic())
+        self._metrics.record(stream, err, self.spec.name, self.replica_id)
         self._pump()
         if not self._streams:
             self._idle.set()
 
-    def _record(self, stream: Stream, err: InferenceError | None) -> None:
-        request = stream.submission.request
-        if err is not None and not isinstance(err, RequestCancelled):
-            log.debug("request failed", request_id=request.request_id, replica=self.replica_id, reason=err.reason)
-        if self._metrics.telemetry.tracer is not None:
-            self._metrics.telemetry.record_span(
-                "engine.request",
-                traceparent=stream.submission.traceparent,
-                start_ns=stream.admitted_ns,
-                end_ns=time.time_ns(),
-                attributes={
-                    "inference.request_id": request.request_id,
-                    "inference.replica_id": self.replica_id,
-                    "gen_ai.request.model": self.spec.name,
-                    "gen_ai.usage.output_tokens": stream.index,
-                },
-                error=err.reason if err is not None else "",
-            )
-
     # --- WorkerListener ----------------------------------------------------------------------------------------------
 
     def on_ready(self, info: RunnerInfo) -> None:
-        """A context works."""
+        """The context takes sequences: a new one, or one on which somebody was tried."""
         self.info = info
         self._size_room()
+        self._health.context_up(time.monotonic())
         if self.state is CoreState.DRAINING:
             self._on_change(self)
-        else:
+        elif self.state not in (CoreState.SERVING, CoreState.NOT_READY):
             self._set_state(CoreState.SERVING, "")
         self._pump()
 
     def on_down(self, err: Exception) -> None:
         """The context died; another one is coming."""
         self._aborting.clear()
-        self._turnover.forget()
+        self._admission.forget_rate()
+        self._health.context_down(time.monotonic())
         cause = err.reason.lower() if isinstance(err, InferenceError) else type(err).__name__.lower().lstrip("_")
         self._metrics.restarts.inc(self.spec.name, cause)
         if self.state is CoreState.DRAINING:
@@ -515,22 +484,15 @@ class EngineCore:
 
     def on_report(self, report: StepReport) -> None:
         """A step is over."""
-        if report.outputs:
+        self._health.stepped(report, time.monotonic())
+        if report.outputs and self._running:  # else it was the canary's
             self._metrics.step_s.observe(report.duration_s, self.spec.name)
         for sequence_id in report.aborted:
             asked_at = self._aborting.pop(sequence_id, None)
             if asked_at is not None:
                 self._metrics.cancel_s.observe(time.monotonic() - asked_at, self.spec.name)
 
-
-def _prompt_chars(submission: Submission) -> int:
-    """Size of what would have to be tokenised."""
-    prompt = submission.request.prompt
-    if isinstance(prompt, ChatPrompt):
-        return sum(len(p.text) for m in prompt.messages for p in m.content if isinstance(p, TextPart))
-    return len(prompt.text) if isinstance(prompt, TextPrompt) else 0
-
-
-def _bounded(seconds: float) -> float:
-    """A wait as a caller is told it."""
-    return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)
+    def on_out_of_memory(self, sequences: int) -> None:
+        """A step with this many sequences was too large: let fewer run for a while."""
+        self._admission.watermark.lower(sequences, time.monotonic())
+        log.warning("out of memory", replica=self.replica_id, sequences=sequences, places=self._places)

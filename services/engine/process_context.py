@@ -143,6 +143,11 @@ class ProcessContext:
         return self._loaded.result()
 
     @property
+    def steps(self) -> int:
+        """Steps made so far, as the last heartbeat says."""
+        return self._steps
+
+    @property
     def pid(self) -> int:
         """Of the child; 0 before it has one."""
         return self._child.process.pid if self._child is not None else 0

@@ -15,8 +15,10 @@ from inference_runtime.supervision import DEFAULT_POLICY, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1 import common_pb2, engine_service_pb2
 from inference_runtime.wire import capabilities_to_proto, spec_from_proto
-from services.engine.core import CoreMetrics, CoreState, EngineCore
+from services.engine.core import CoreState, EngineCore
 from services.engine.hosting import choose_isolation, process_contexts, thread_contexts
+from services.engine.measures import CoreMetrics
+from services.engine.probation import TRIALS_S
 from services.engine.process_context import HANG_S
 from services.engine.settings import EngineSettings
 from services.engine.spawner import Spawner
@@ -30,6 +32,7 @@ log = get_logger(__name__)
 _STATES = {
     CoreState.LOADING: common_pb2.REPLICA_STATE_LOADING,
     CoreState.SERVING: common_pb2.REPLICA_STATE_SERVING,
+    CoreState.NOT_READY: common_pb2.REPLICA_STATE_NOT_READY,
     CoreState.RESTARTING: common_pb2.REPLICA_STATE_RESTARTING,
     CoreState.DRAINING: common_pb2.REPLICA_STATE_DRAINING,
     CoreState.FAILED: common_pb2.REPLICA_STATE_FAILED,
@@ -57,6 +60,7 @@ class Replicas:
         withdraw: Called with deployment and id once a replica is gone.
         policy: When restarts of a context are too many.
         hang_s: Least time without a step after which a context in a process counts as hung, seconds.
+        trials_s: Time that finding the cause of a context's death may keep other requests waiting, seconds.
     """
 
     def __init__(
@@ -69,12 +73,14 @@ class Replicas:
         withdraw: Callable[[str, str], None],
         policy: RestartPolicy = DEFAULT_POLICY,
         hang_s: float = HANG_S,
+        trials_s: float = TRIALS_S,
     ) -> None:
         self.engine = engine
         self.draining = False
         self._drain_timeout_s = settings.drain_timeout_s
         self._publish, self._withdraw = publish, withdraw
-        self._policy, self._hang_s, self._spawner = policy, hang_s, Spawner()
+        self._policy, self._hang_s, self._trials_s, self._spawner = policy, hang_s, trials_s, Spawner()
+        self._ready_s = settings.ready_s
         self._metrics = CoreMetrics(telemetry)
         self._tokenisers = ThreadPoolExecutor(settings.tokenise_threads, thread_name_prefix="tokenise")
         self._hosted: dict[str, _Hosted] = {}
@@ -147,6 +153,9 @@ class Replicas:
                 accelerators=accelerators,
                 tokenisers=self._tokenisers,
                 metrics=self._metrics,
+                ready_s=self._ready_s,
+                hang_s=self._hang_s,
+                trials_s=self._trials_s,
                 on_change=lambda core: self._note(hosted),
             )
         except InferenceError as err:

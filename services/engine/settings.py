@@ -32,6 +32,9 @@ class EngineSettings(ServiceSettings):
     hang_s: float = Field(
         default=30.0, gt=0, description="least seconds without a step after which a context in a process of its own is killed"
     )
+    ready_s: float = Field(
+        default=5.0, gt=0, description="age of a replica's last step or canary, seconds, beyond which it is not ready"
+    )
     session_buffer_chunks: int = Field(
         default=65_536, ge=1, description="chunks that may wait for the reader of one session before the session is ended"
     )

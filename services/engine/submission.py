@@ -27,6 +27,7 @@ class Submission:
         credits: Tokens that may be sent before more are granted; 0 means no such limit.
         coalesce_tokens: Hold tokens back until this many are ready or the choice ends.
         traceparent: W3C trace context.
+        context_deaths: Unexplained deaths of a context that it was present at elsewhere: it may be what killed it.
     """
 
     request: GenerationRequest
@@ -39,6 +40,7 @@ class Submission:
     coalesce_tokens: int = 0
     traceparent: str = ""
     choice: int = 0
+    context_deaths: int = 0
 
 
 def submission_from_proto(proto: engine_service_pb2.Submission) -> Submission:
@@ -70,4 +72,5 @@ def submission_from_proto(proto: engine_service_pb2.Submission) -> Submission:
         coalesce_tokens=proto.coalesce_tokens,
         traceparent=proto.traceparent,
         choice=proto.choice,
+        context_deaths=proto.context_deaths,
     )

@@ -70,16 +70,16 @@ class Supervisor(Generic[C]):
         self._spawn, self._policy = spawn, policy
         self._decider, self._intensity = Decider(), RestartIntensity(policy)
         self._on_ready, self._on_down, self._now_s = on_ready, on_down, now_s
-        self._asked: asyncio.Future[Exception] | None = None
+        self._asked: asyncio.Future[tuple[Exception, bool]] | None = None  # the cause, and whether it is a fault
         #: Number of the present life, from 1.
         self.generation = 0
         #: Replacements of a child so far, those that were asked for included.
         self.restarts = 0
 
-    def restart(self, cause: Exception) -> None:
-        """Replace the child now. Does not count as a fault. Ignored while no child works."""
+    def restart(self, cause: Exception, *, fault: bool = False) -> None:
+        """Replace the child now. Counts as its death when it is a fault, else against nobody. Ignored while no child works."""
         if self._asked is not None and not self._asked.done():
-            self._asked.set_result(cause)
+            self._asked.set_result((cause, fault))
 
     def reset(self) -> None:
         """Forget all faults, so that `run` may be called again after it gave up."""
@@ -137,13 +137,15 @@ class Supervisor(Generic[C]):
         return restart_delay_s(self._policy, self._intensity.in_a_row, random.random())
 
 
-async def _first(died: Awaitable[Exception], asked: asyncio.Future[Exception]) -> tuple[Exception, bool]:
-    """Whichever comes first: a death, or a request to replace the child."""
+async def _first(died: Awaitable[Exception], asked: asyncio.Future[tuple[Exception, bool]]) -> tuple[Exception, bool]:
+    """Whichever comes first: a death, or a request to replace the child. Returns the cause, and whether it is no fault."""
     watch = asyncio.ensure_future(died)
+    either: list[asyncio.Future[Exception] | asyncio.Future[tuple[Exception, bool]]] = [watch, asked]
     try:
-        await asyncio.wait([watch, asked], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if watch.done():
             return watch.result(), False
-        return asked.result(), True
+        cause, fault = asked.result()
+        return cause, not fault
     finally:
         watch.cancel()

@@ -26,6 +26,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_usage_records_lost_total": ("", "Usage records dropped because the metrics service was away for too long"),
     "inference_running": ("", "Requests that run on a replica"),
     "inference_queued": ("", "Requests that wait at a replica"),
+    "inference_replica_ready": ("", "1 while a replica takes requests, 0 while it is loading, silent, failing or draining"),
     "inference_kv_use": ("", "Share of a replica's KV cache in use"),
     "inference_context_restarts_total": ("", "Context restarts, by deployment and cause"),
     "inference_step_seconds": ("s", "Duration of one engine step, by deployment"),

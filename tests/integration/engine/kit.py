@@ -25,6 +25,8 @@ from inference_runtime.telemetry import Telemetry
 from inference_runtime.testing.scripted import user_says
 from inference_runtime.v1 import common_pb2, engine_service_pb2, engine_service_pb2_grpc
 from inference_runtime.wire import duration, request_to_proto, spec_to_proto, usage_from_proto
+from services.engine.health import READY_S
+from services.engine.probation import TRIALS_S
 from services.engine.replicas import Replicas
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
@@ -81,7 +83,14 @@ def assignment(
 class EngineUnderTest:
     """Replicas and service of one engine."""
 
-    def __init__(self, buffer: int = 65_536, policy: RestartPolicy = NO_BACKOFF, hang_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        buffer: int = 65_536,
+        policy: RestartPolicy = NO_BACKOFF,
+        hang_s: float = 30.0,
+        trials_s: float = TRIALS_S,
+        ready_s: float = READY_S,
+    ) -> None:
         self.telemetry = Telemetry("engine", TelemetrySettings())
         self.published: list[common_pb2.Replica] = []
         self.withdrawn: list[str] = []
@@ -89,12 +98,13 @@ class EngineUnderTest:
         self.on_withdraw: Callable[[str, str], None] | None = None
         self.replicas = Replicas(
             common_pb2.Engine(id="engine-1", boot_id="boot-1"),
-            EngineSettings(drain_timeout_s=5.0),
+            EngineSettings(drain_timeout_s=5.0, ready_s=ready_s),
             self.telemetry,
             publish=self._published,
             withdraw=self._withdrawn,
             policy=policy,
             hang_s=hang_s,
+            trials_s=trials_s,
         )
         self.service = EngineService(
             self.replicas,
@@ -130,10 +140,14 @@ class EngineUnderTest:
 
 @contextlib.asynccontextmanager
 async def running_engine(
-    buffer: int = 65_536, policy: RestartPolicy = NO_BACKOFF, hang_s: float = 30.0
+    buffer: int = 65_536,
+    policy: RestartPolicy = NO_BACKOFF,
+    hang_s: float = 30.0,
+    trials_s: float = TRIALS_S,
+    ready_s: float = READY_S,
 ) -> AsyncIterator[EngineUnderTest]:
     """An engine, from start to an orderly end."""
-    engine = EngineUnderTest(buffer, policy, hang_s)
+    engine = EngineUnderTest(buffer, policy, hang_s, trials_s, ready_s)
     server = RpcServer("127.0.0.1", 0, engine.telemetry)
     server.add(engine_service_pb2_grpc.add_EngineServiceServicer_to_server, engine.service, "inference_runtime.v1.EngineService")
     hosting = asyncio.ensure_future(engine.replicas.run())
@@ -179,6 +193,7 @@ class Gateway:
         self.draining = False
         self.welcome: engine_service_pb2.SessionWelcome | None = None
         self.end: grpc.aio.AioRpcError | None = None
+        self.on_row: Callable[[int], None] = lambda stream_id: None
 
     async def send(
         self,
@@ -221,6 +236,7 @@ class Gateway:
         for row, stream_id in enumerate(frame.stream_ids):
             count = frame.token_counts[row] if frame.token_counts else 1
             answer = self.answers[stream_id]
+            self.on_row(stream_id)
             assert not answer.over, "something followed the end of a stream"
             answer.frames.append(len(self.frames) - 1)
             answer.indexes.append(frame.indexes[row])
@@ -275,6 +291,7 @@ def submission(
     coalesce_tokens: int = 0,
     priority: Priority = Priority.NORMAL,
     choice: int = 0,
+    context_deaths: int = 0,
 ) -> engine_service_pb2.Submission:
     """One generation as a gateway submits it."""
     request = GenerationRequest(f"request-{stream_id}", deployment, ChatPrompt(user_says(says)), sampling, priority)
@@ -287,6 +304,7 @@ def submission(
         credits=credits,
         coalesce_tokens=coalesce_tokens,
         choice=choice,
+        context_deaths=context_deaths,
     )
     if prefix:
         proto.generated_prefix.add(choice=choice, token_ids=prefix)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+
 import pytest
 
-from inference_runtime.errors import Quarantined
+from inference_runtime.errors import ContextPoisoned, Quarantined
 from inference_runtime.generation import SamplingParams
+from inference_runtime.supervision import RestartPolicy
 from inference_runtime.v1 import common_pb2
 from tests.integration.engine.kit import Gateway, assignment, running_engine, session, submission, until
 from tests.integration.engine.test_session import check_exact
@@ -13,6 +17,27 @@ from tests.integration.engine.test_session import check_exact
 LONG = SamplingParams(max_tokens=60)
 KILLER = "please divide by zero"
 POISON = {"pace_s": 0.002, "poison_on": "divide by zero"}
+
+
+class Silences:
+    """The longest time between two chunks of each stream, as its client sees it."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.longest_s: dict[int, float] = {}
+        self._last_s: dict[int, float] = {}
+        gateway.on_row = self._seen
+
+    def watch(self, streams: Iterable[int]) -> None:
+        """From now on."""
+        now = time.monotonic()
+        self._last_s = dict.fromkeys(streams, now)
+        self.longest_s = dict.fromkeys(streams, 0.0)
+
+    def _seen(self, stream_id: int) -> None:
+        if stream_id in self._last_s:
+            now = time.monotonic()
+            self.longest_s[stream_id] = max(self.longest_s[stream_id], now - self._last_s[stream_id])
+            self._last_s[stream_id] = now
 
 
 async def check_quarantined(gateway: Gateway, stream_id: int) -> Quarantined:
@@ -40,6 +65,85 @@ async def test_pp_1_one_killer_prompt_among_a_hundred_streams(isolation: str) ->
         assert (load.running, load.queued, load.pending_tokens) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+async def test_pp_1_nobody_waits_long_for_the_killer_to_be_found(isolation: str) -> None:
+    """PP-1, R-01: with 150 streams at 20 ms a token, the 99th percentile of their longest silence is at most 1.5 s. Trying each
+    of them alone would take 6 s."""
+    sampling = SamplingParams(max_tokens=100)
+    streams = range(1, 151)
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("stall", POISON | {"pace_s": 0.02}, {"max_concurrent": 256}, isolation=isolation))
+        silences = Silences(gateway)
+        await gateway.send(*(submission(i, "stall", f"{i}", sampling=sampling) for i in streams))
+        await until(lambda: all(len(gateway.answers[i].token_ids) > 3 for i in streams), "all run")
+        await gateway.send(submission(500, "stall", KILLER, sampling=sampling))
+        silences.watch(streams)
+        await check_quarantined(gateway, 500)
+        for i in streams:
+            check_exact(await gateway.answer(i), f"{i}", 100)
+        assert engine.replica("stall-0").restarts == 2
+        longest = sorted(silences.longest_s.values())
+        assert longest[int(0.99 * len(longest))] <= 1.5, longest[-5:]
+
+
+async def test_a_death_by_chance_does_not_keep_a_hundred_streams_waiting_either() -> None:
+    """Nobody can be blamed: those that are not tried in time go on together, and end exactly."""
+    sampling = SamplingParams(max_tokens=60)
+    streams = range(1, 121)
+    async with running_engine() as engine, session(engine) as gateway:
+        config = {"pace_s": 0.02, "poison_at_step": 20, "poison_times": 1}
+        await engine.host(assignment("lightning", config, {"max_concurrent": 256}))
+        silences = Silences(gateway)
+        await gateway.send(*(submission(i, "lightning", f"{i}", sampling=sampling) for i in streams))
+        await until(lambda: all(len(gateway.answers[i].token_ids) > 3 for i in streams), "all run")
+        silences.watch(streams)
+        for i in streams:
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        assert engine.replica("lightning-0").restarts == 1
+        longest = sorted(silences.longest_s.values())
+        assert longest[int(0.99 * len(longest))] <= 1.5, longest[-5:]
+
+
+async def test_a_killer_that_was_present_at_a_death_elsewhere_kills_here_once() -> None:
+    """PP-1: two deaths in the whole fleet. It comes with its count, is tried beside the others, and ends with the first death."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("moved", POISON))
+        await gateway.send(*(submission(i, "moved", f"{i}", sampling=LONG) for i in range(1, 9)))
+        await until(lambda: all(len(gateway.answers[i].token_ids) > 3 for i in range(1, 9)), "all run")
+        await gateway.send(submission(9, "moved", KILLER, sampling=LONG, context_deaths=1))
+        error = await check_quarantined(gateway, 9)
+        assert error.metadata["context_deaths"] == "2"
+        for i in range(1, 9):
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        assert engine.replica("moved-0").restarts == 1
+
+
+async def test_innocents_that_come_from_a_death_elsewhere_are_served_beside_those_that_run() -> None:
+    """Forty of them at once, with what they have; the replica stays in service and nobody who runs waits for them."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("refuge", POISON | {"pace_s": 0.01}, {"max_concurrent": 64}))
+        await gateway.send(submission(100, "refuge", "100", sampling=SamplingParams(max_tokens=150)))
+        await until(lambda: len(gateway.answers[100].token_ids) > 3, "it runs")
+        engine.published.clear()
+        await gateway.send(*(submission(i, "refuge", f"{i}", sampling=LONG, context_deaths=1) for i in range(40)))
+        for i in range(40):
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        check_exact(await gateway.answer(100), "100", 150)
+        assert engine.published == []
+        assert engine.replica("refuge-0").restarts == 0
+
+
+async def test_the_count_of_deaths_comes_with_the_end_of_a_replica() -> None:
+    """What goes on elsewhere must say how often a context died on it."""
+    async with running_engine(policy=RestartPolicy(max_restarts=1)) as engine, session(engine) as gateway:
+        await engine.host(assignment("ends", {"pace_s": 0.005, "poison_at_step": 25, "poison_times": 0}))
+        await gateway.send(*(submission(i, "ends", f"{i}", sampling=LONG) for i in range(1, 4)))
+        for i in range(1, 4):
+            error = (await gateway.answer(i)).error
+            assert isinstance(error, ContextPoisoned)
+            assert error.metadata["context_deaths"] == "2"
+
+
 async def test_a_quarantined_prompt_is_refused_on_arrival_whatever_its_seed() -> None:
     """No third death; other prompts are served."""
     async with running_engine() as engine, session(engine) as gateway:
@@ -59,7 +163,7 @@ async def test_a_quarantined_prompt_is_refused_on_arrival_whatever_its_seed() ->
 
 async def test_two_killers_among_others_cost_one_death_more() -> None:
     """The trials go on after the first is found."""
-    async with running_engine() as engine, session(engine) as gateway:
+    async with running_engine(trials_s=5.0) as engine, session(engine) as gateway:
         await engine.host(assignment("two", POISON | {"first_token_delay_s": 0.05}))
         await gateway.send(
             *(submission(i, "two", f"{i}", sampling=LONG) for i in range(1, 11)),

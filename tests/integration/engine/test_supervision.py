@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inference_runtime.errors import Backpressure, ContextPoisoned, NoReplica, Quarantined
+from inference_runtime.errors import Backpressure, ContextPoisoned, NoReplica, Quarantined, RequestTooLarge, Retry
 from inference_runtime.generation import SamplingParams
 from inference_runtime.rpc import open_channel
 from inference_runtime.v1 import common_pb2, engine_service_pb2, engine_service_pb2_grpc
@@ -51,8 +51,8 @@ async def test_trap_12_the_fourth_death_within_a_minute_fails_the_replica_with_i
         await until(lambda: engine.replica("doomed-0").state == common_pb2.REPLICA_STATE_FAILED, "the replica gives up")
         assert "more than 3 times within 60 s" in engine.replica("doomed-0").reason
         errors = [(await gateway.answer(i)).error for i in range(1, 6)]
-        assert isinstance(errors[0], Quarantined)  # it was alone on two of them
-        assert all(isinstance(error, ContextPoisoned) for error in errors[1:])
+        assert all(isinstance(error, Quarantined) for error in errors[:2])  # each was alone on two of them
+        assert all(isinstance(error, ContextPoisoned) for error in errors[2:])
         assert (engine.load("doomed-0").running, engine.load("doomed-0").queued) == (0, 0)
         await gateway.send(submission(9, "doomed"))
         error = (await gateway.answer(9)).error
@@ -98,17 +98,41 @@ async def test_a_cancellation_during_a_restart_is_not_forgotten() -> None:
         assert {s for f in gateway.frames[-5:] for s in f.stream_ids} == {2}
 
 
-async def test_running_out_of_memory_fails_the_batch_with_backpressure_and_restarts_nothing() -> None:
-    """E10: the context is sound."""
+async def test_a_batch_that_has_grown_too_large_sheds_its_newest_and_goes_on() -> None:
+    """E10: the context is sound, the newest may go on elsewhere, and for a while fewer run at once."""
     async with running_engine() as engine, session(engine) as gateway:
-        await engine.host(assignment("memory", {"pace_s": 0.01, "oom_at_step": 4}))
-        await gateway.send(submission(1, "memory"), submission(2, "memory"))
-        for i in (1, 2):
-            error = (await gateway.answer(i)).error
-            assert isinstance(error, Backpressure)
-        await gateway.send(submission(3, "memory"))
-        check_exact(await gateway.answer(3), "hello", 10)
+        await engine.host(assignment("memory", {"pace_s": 0.01, "oom_at_step": 6}, {"max_concurrent": 4}))
+        await gateway.send(*(submission(i, "memory", f"{i}", sampling=LONG) for i in range(1, 5)))
+        error = (await gateway.answer(4)).error
+        assert isinstance(error, Backpressure)
+        assert error.metadata["cause"] == "out_of_memory"
+        await gateway.send(submission(5, "memory", "5"))
+        await until(lambda: engine.load("memory-0").queued == 1, "three places are left")
+        for i in (1, 2, 3):
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        check_exact(await gateway.answer(5), "5", 10)
         assert engine.replica("memory-0").restarts == 0
+
+
+async def test_a_prompt_that_is_too_large_for_the_memory_ends_alone_and_everybody_else_is_exact() -> None:
+    """R-07, E10: two steps fail for it; it is told so with 413, and not sent elsewhere. Alone it costs one step."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("huge", {"pace_s": 0.005, "oom_prompt_tokens": 500}))
+        await gateway.send(*(submission(i, "huge", f"{i}", sampling=LONG) for i in range(1, 9)))
+        await until(lambda: all(len(gateway.answers[i].token_ids) > 3 for i in range(1, 9)), "all run")
+        await gateway.send(submission(9, "huge", "x" * 600), submission(10, "huge", "10"))
+        error = (await gateway.answer(9)).error
+        assert isinstance(error, RequestTooLarge)
+        assert (error.http_status, error.retry) == (413, Retry.NEVER)
+        for i in range(1, 9):
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        check_exact(await gateway.answer(10), "10", 10)
+        await gateway.send(submission(11, "huge", "y" * 600))
+        error = (await gateway.answer(11)).error
+        assert isinstance(error, RequestTooLarge)
+        assert "nothing else" in error.message
+        load = engine.load("huge-0")
+        assert (load.running, load.queued, engine.replica("huge-0").state) == (0, 0, common_pb2.REPLICA_STATE_SERVING)
 
 
 async def test_a_checkpoint_that_cannot_be_loaded_fails_the_replica_and_not_the_engine() -> None:

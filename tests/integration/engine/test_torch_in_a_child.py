@@ -57,6 +57,9 @@ class Listener:
         """A step."""
         self.changed.set()
 
+    def on_out_of_memory(self, sequences: int) -> None:
+        """Not here."""
+
 
 async def answers(kill: bool) -> list[list[int]]:
     """Six sampled answers of the demo model; with a SIGKILL of the child once all of them have ten tokens."""

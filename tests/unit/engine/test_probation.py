@@ -1,16 +1,16 @@
-"""Suspects one by one, and fingerprints of what kills: the pure parts of the quarantine."""
+"""Suspects one at a time, and fingerprints of what kills: the pure parts of the quarantine."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_runtime.generation import SamplingParams
-from services.engine.probation import CLEARING_OUTPUTS, Probation
+from services.engine.probation import CERTAIN_TRIALS_S, CLEARING_OUTPUTS, INCIDENT_S, TRIALS_S, Probation
 from services.engine.quarantine import MAX_FINGERPRINTS, QUARANTINE_S, Quarantine, fingerprint
 
 
@@ -19,116 +19,215 @@ class Sequence:
     """What a worker knows of one."""
 
     sequence_id: int
-    outputs: int = 0
+    outputs_here: int = 0
+    deaths: int = 0
     over: bool = False
-    history: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<{self.sequence_id}>"
 
 
-def clear_all(probation: Probation[Sequence], aboard: list[Sequence]) -> list[list[int]]:
-    """Let every suspect be cleared. Returns who was on the context after each change."""
-    seen = [[s.sequence_id for s in aboard]]
-    while probation.current is not None:
-        for _ in range(CLEARING_OUTPUTS - 1):
-            assert not probation.clears(probation.current)
-        assert probation.clears(probation.current)
-        leaves = probation.clear()
-        if leaves is not None:
-            aboard.remove(leaves)
-        aboard += probation.board()
-        seen.append(sorted(s.sequence_id for s in aboard))
-    return seen
+def make(*outputs: int) -> list[Sequence]:
+    """Sequences that have made so many outputs, numbered from 1."""
+    return [Sequence(i, n) for i, n in enumerate(outputs, 1)]
 
 
-def test_suspects_run_alone_the_newest_first_and_together_once_all_are_cleared() -> None:
-    """Nobody else is on the context meanwhile."""
+def clear(probation: Probation[Sequence], sequence: Sequence) -> None:
+    """Let it make the outputs that it needs."""
+    for _ in range(CLEARING_OUTPUTS):
+        assert probation.current is sequence
+        probation.count(sequence)
+    assert probation.current is None
+
+
+def test_what_had_just_been_read_is_tried_first_and_those_that_are_cleared_go_on() -> None:
+    """The newest before the others; nobody has to leave again."""
+    old, older, new, newer = sequences = make(50, 70, 0, 1)
     probation: Probation[Sequence] = Probation()
-    probation.suspect([Sequence(1), Sequence(2), Sequence(3)])
-    assert probation.active
+    assert probation.blame(sequences, 0.0) is None
+    order = []
+    while probation.active:
+        (suspect,) = probation.board(0.0)
+        order.append(suspect)
+        clear(probation, suspect)
+    assert order == [newer, new, older, old]
+    assert probation.board(0.0) == []
+    assert not probation.watches
 
-    assert clear_all(probation, probation.board()) == [[3], [2], [1], [1, 2, 3]]
+
+def test_a_death_with_one_suspect_on_board_names_it_and_nobody_else_is_held_up() -> None:
+    """It explains the first death too: only what had just been read is still tried."""
+    old, new, newer = sequences = make(50, 0, 0)
+    probation: Probation[Sequence] = Probation()
+    probation.blame(sequences, 0.0)
+    assert probation.board(0.0) == [newer]
+    assert probation.blame([newer], 0.1) is newer
+    assert probation.board(0.2) == [old, new]
+    assert probation.current is new
+    clear(probation, new)
     assert not probation.active
 
 
-def test_a_death_during_the_trials_leaves_the_others_where_they_were() -> None:
-    """Cleared ones stay cleared, untried ones are tried."""
+def test_the_clear_ones_that_are_present_at_the_death_of_a_suspect_are_not_blamed() -> None:
+    """They were not even suspects."""
+    running, suspect = make(50, 0)
     probation: Probation[Sequence] = Probation()
-    first, second, third = (Sequence(i) for i in (1, 2, 3))
-    probation.suspect([first, second, third])
-    assert probation.board() == [third]
-    probation.clears(third)
-    probation.clears(third)
-    assert probation.clear() is third
-    assert probation.board() == [second]
-    probation.suspect([])  # it killed the context, alone: the worker keeps it
+    probation.hold((), (suspect,), 100.0)
+    assert probation.board(100.0) == [suspect]
+    assert probation.blame([running, suspect], 100.1) is suspect
+    assert probation.board(100.2) == [running]
+    assert not probation.active
 
-    assert clear_all(probation, probation.board()) == [[1], [1, 3]]
+
+def test_a_sequence_that_is_alone_at_two_deaths_is_the_cause_though_it_was_cleared() -> None:
+    """Nothing else was there."""
+    (alone,) = make(0)
+    probation: Probation[Sequence] = Probation()
+    assert probation.blame([alone], 0.0) is None
+    assert probation.board(0.0) == [alone]
+    clear(probation, alone)
+    assert probation.blame([alone], 1.0, again=True) is alone
+
+
+def test_after_the_time_for_trials_all_others_go_on_together() -> None:
+    """The one that is being tried stays on board, and a suspect."""
+    a, b, c = sequences = make(5, 5, 5)
+    probation: Probation[Sequence] = Probation()
+    probation.blame(sequences, 0.0)
+    assert probation.board(10.0) == [c]  # the clock starts with the context
+    assert probation.left_s(10.0) == TRIALS_S
+    assert probation.board(10.0 + TRIALS_S / 2) == []
+    assert probation.board(10.0 + TRIALS_S) == [b, a]
+    assert not probation.active
+    assert probation.watches
+
+
+def test_a_death_with_several_suspects_has_them_tried_for_certain() -> None:
+    """One death more finds a killer that the first trials did not reach."""
+    a, b, c, clean = sequences = make(5, 5, 5, 5)
+    probation: Probation[Sequence] = Probation()
+    probation.blame(sequences[:3], 0.0)
+    probation.board(0.0)
+    probation.board(TRIALS_S)
+    assert probation.blame([a, b, c, clean], 1.0) is None
+    assert probation.board(1.0) == [clean, c]
+    assert probation.left_s(1.0) == CERTAIN_TRIALS_S
+    clear(probation, c)
+    assert probation.board(5.0) == [b]
+    assert probation.blame([clean, c, b], 5.0) is b
+    assert probation.board(5.1) == [clean, c, a]
+    assert not probation.active
 
 
 def test_a_rebuild_by_hand_makes_nobody_a_suspect_and_interrupts_a_trial() -> None:
     """Only faults are held against a sequence."""
     probation: Probation[Sequence] = Probation()
-    pair = [Sequence(1), Sequence(2)]
-    probation.suspend(pair)
+    pair = make(3, 3)
+    probation.suspend(pair, 0.0)
     assert not probation.active
-    assert probation.board() == pair
-    probation.suspect(pair)
-    (tried,) = probation.board()
-    probation.suspend([tried])
+    assert probation.board(0.0) == pair
+    probation.blame(pair, 0.0)
+    (tried,) = probation.board(0.0)
+    probation.suspend([tried], 0.1)
     assert probation.active
-    assert probation.board() == [tried]
+    assert probation.board(0.2) == [tried]
+
+
+def test_suspects_that_come_one_after_the_other_share_the_time_of_one_incident() -> None:
+    """A hundred that were moved together do not hold up others a hundred times."""
+    probation: Probation[Sequence] = Probation()
+    now, tried = 100.0, 0
+    for suspect in make(*[0] * 100):
+        probation.hold((), (suspect,), now)
+        assert probation.board(now) == [suspect]
+        if probation.active:
+            tried += 1
+            now += 0.05
+            clear(probation, suspect)
+            probation.board(now)
+    assert tried * 0.05 == pytest.approx(TRIALS_S, abs=0.06)
+    (later,) = make(0)
+    probation.hold((), (later,), now + INCIDENT_S)
+    assert probation.board(now + INCIDENT_S) == [later]
+    assert probation.current is later
 
 
 def test_who_leaves_while_waiting_does_not_come_back() -> None:
     """Cancelled and timed out ones."""
     probation: Probation[Sequence] = Probation()
-    sequences = [Sequence(i) for i in range(4)]
-    probation.suspect(sequences)
-    assert probation.board() == [sequences[3]]
-    probation.drop(sequences[1])
-    probation.drop(sequences[1])
-    assert probation.empty() == [sequences[2], sequences[0]]
+    a, b, c, d = sequences = make(5, 5, 5, 5)
+    probation.blame(sequences, 0.0)
+    assert probation.board(0.0) == [d]
+    assert not probation.drop(b)
+    assert not probation.drop(b)
+    assert probation.drop(d)
+    assert probation.empty() == [c, a]
     assert not probation.active
 
 
-@given(st.integers(1, 12), st.sets(st.integers(0, 11), max_size=4), st.integers(0, 2**32))
-def test_killers_are_found_with_one_death_each_and_nobody_else_is_lost(count: int, killers: set[int], seed: int) -> None:
-    """A context that dies of every killer on it: all innocents end, each killer ends alone."""
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    st.integers(-1, 29),
+    st.floats(0.001, 0.2),
+    st.integers(0, 2**32),
+)
+def test_one_killer_costs_two_deaths_and_never_more_than_three_and_no_innocent(
+    outputs: list[int], killer_at: int, step_s: float, seed: int
+) -> None:
+    """PP-1, as a machine: a context that dies of its killer in each step. Two deaths when it had just been read, or when all can
+    be tried in time; else three. Innocents end, and none of them waits for more than the time for trials at once."""
     rng = random.Random(seed)
+    everybody = [Sequence(i, n) for i, n in enumerate(outputs)]
+    killer = everybody[killer_at] if 0 <= killer_at < len(everybody) else None
+    fresh = killer is not None and killer.outputs_here < CLEARING_OUTPUTS
+    others_fresh = sum(s.outputs_here < CLEARING_OUTPUTS for s in everybody)
     probation: Probation[Sequence] = Probation()
-    everybody = [Sequence(i) for i in range(count)]
-    aboard, deaths, quarantined = list(everybody), 0, set()
-    for _ in range(10_000):
-        if not aboard and not probation.active:
+    aboard, found, now = list(everybody), False, 0.0
+    total_deaths = certain = 0
+    silent = dict.fromkeys(everybody, 0.0)
+    for _ in range(5000):
+        if all(s.over or s is killer for s in everybody) and (found or killer is None):
             break
-        if any(s.sequence_id in killers for s in aboard):
-            deaths += 1
-            alone = probation.current
-            if alone is not None:
-                assert aboard == [alone]
-                quarantined.add(alone.sequence_id)
-                aboard = []
-            probation.suspect(aboard)
-            aboard = probation.board()
+        if killer in aboard or total_deaths == 0:
+            total_deaths += 1
+            again = len(aboard) == 1 and aboard[0].deaths > 0
+            suspects = len(aboard) > 1 and killer is not None and total_deaths > 1 and not probation.active
+            certain += suspects
+            blamed = probation.blame(aboard, now, again=again)
+            for s in aboard:
+                s.deaths += 1
+            if blamed is not None:
+                assert blamed is killer
+                found = True
+            aboard = []
+        if not probation.active or probation.current is None or probation.left_s(now) <= 0:
+            for s in probation.board(now):
+                s.outputs_here = 0
+                aboard.append(s)
+        now += step_s
+        for s in everybody:
+            silent[s] += step_s
+        if killer in aboard:
             continue
-        assert probation.current is None or aboard == [probation.current]
-        current = probation.current
         for s in list(aboard):
-            s.outputs += 1
-            if rng.random() < 0.3:
+            probation.count(s)
+            s.outputs_here += 1
+            assert certain or silent[s] <= TRIALS_S + 3 * step_s + 1e-6
+            silent[s] = 0.0
+            if s is not killer and rng.random() < 0.1:
                 s.over = True
                 aboard.remove(s)
-        if current is not None:
-            if current.over:
-                aboard = probation.board()
-            elif probation.clears(current):
-                leaves = probation.clear()
-                if leaves is not None:
-                    aboard.remove(leaves)
-                aboard += probation.board()
-    present = {k for k in killers if k < count}
-    assert quarantined == present
-    assert deaths == (len(present) + 1 if present else 0)
-    assert all(s.over for s in everybody if s.sequence_id not in present)
+                probation.drop(s)
+    assert all(s.over for s in everybody if s is not killer)
+    if killer is None:
+        assert total_deaths == 1
+        return
+    assert found
+    assert total_deaths <= 3
+    trials = others_fresh if fresh else len(everybody)
+    if trials * (CLEARING_OUTPUTS + 1) * step_s < TRIALS_S:
+        assert total_deaths == 2
 
 
 def test_a_fingerprint_is_kept_for_its_time_and_no_longer() -> None:

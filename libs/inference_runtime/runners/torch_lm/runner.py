@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -150,6 +151,19 @@ class TorchRunner:
     def kv_use(self) -> float:
         """Share of the KV blocks in use, 0 to 1."""
         return self._blocks.use if self._model is not None else 0.0
+
+    def probe(self) -> bool:
+        """Whether the device still computes: a sticky error fails every call. May hang where the device does."""
+        ones = torch.ones(4, device=self._device) + 1
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return ones.sum().item() == 8
+
+    def on_oom(self) -> None:
+        """Give back what torch's allocator keeps for later."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Let go of weights and cache. Idempotent."""
