@@ -242,6 +242,7 @@ class LiveRequests:
             self._sweep(time.monotonic())
 
     def _sweep(self, now: float) -> None:
+        self.table.sweep(now)
         self.wake()
         in_flight: dict[str, int] = dict.fromkeys(self.table.routes, 0)
         for request in tuple(self.requests):

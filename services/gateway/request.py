@@ -31,6 +31,7 @@ from inference_runtime.errors import (
 )
 from inference_runtime.rpc import error_from_status
 from inference_runtime.v1 import engine_service_pb2, generation_pb2
+from services.gateway.attempt import Attempt
 from services.gateway.budget import AttemptBudget
 from services.gateway.journal import NEW, Journal, Verdict
 from services.gateway.needs import Need, unmet
@@ -58,6 +59,8 @@ LEAST_TIME_S = 0.1
 JITTER_S = (0.002, 0.03)
 #: A replica that failed is tried again after this, doubled each time, where there is no other.
 SAME_AGAIN_S = 0.25
+#: Phase of a time-out between two chunks.
+NEXT_CHUNK = "next_chunk"
 #: Code of an error that is not tried again because its deployment has tried too much, and when the client may, seconds.
 EXHAUSTED = "retry_budget_exhausted"
 EXHAUSTED_RETRY_S = 1.0
@@ -106,6 +109,7 @@ class Request:
     _route: Route | None = None
     _target: Target | None = None
     _budget: AttemptBudget | None = None
+    _current: Attempt | None = None
     _stream_id = 0
     _revision = ""
     _tried: set[str] | None = None
@@ -278,7 +282,8 @@ class Request:
             self.first_chunk_by = now + route.first_chunk_timeout_s
         target.in_flight += 1
         self._target = target
-        self._stream_id = cast("Session", target.link).submit(submission, self)
+        self._stream_id = stream_id = cast("Session", target.link).submit(submission, self)
+        self._current = Attempt(target.pace, stream_id, now, self.progress, steady=self.shows_at_once)
 
     def _continue(self, target: Target) -> None:
         """Have it go on behind what is there, if anything is."""
@@ -348,6 +353,8 @@ class Request:
         self.first_chunk_by = float("inf")
         if self._target is not None:
             self._target.outcomes.succeeded()
+        if self._current is not None:
+            self._current.first(self.first_at, self.progress)
 
     def _refused(self, verdict: Verdict, index: int) -> None:
         self._live.dropped.inc(verdict.value)
@@ -376,7 +383,7 @@ class Request:
             target.outcomes.failed(time.monotonic())
         self._error = error
         if not self._may_go_on(error, target):
-            if self.shows_at_once and (self.first_at or self._carried):
+            if self._shown:
                 self._live.resumptions.inc(self.model, "failed")
             self._finish(self._error)
             return
@@ -394,17 +401,26 @@ class Request:
         pause_s = 0.0 if isinstance(error, Backpressure) else random.uniform(*JITTER_S)
         asyncio.get_running_loop().call_later(pause_s, self._place)
 
+    @property
+    def _shown(self) -> bool:
+        """The client has seen a part of it."""
+        return self.shows_at_once and bool(self.first_at or self._carried)
+
+    def _has_attempts(self, target: Target) -> bool:
+        """Whether there may be another attempt, which can continue what was shown."""
+        if not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
+            return False
+        if self._shown:
+            return self._resumptions < self._live.limits.max_resumptions and target.capabilities.resume
+        return self._retries < self._live.limits.max_retries
+
     def _may_go_on(self, error: InferenceError, target: Target) -> bool:
         """Whether another attempt is allowed and can continue what was shown. Counts it."""
-        if error.retry is not Retry.ELSEWHERE or not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
+        if error.retry is not Retry.ELSEWHERE or not self._has_attempts(target):
             return False
-        if self.shows_at_once and (self.first_at or self._carried):
-            if self._resumptions >= self._live.limits.max_resumptions or not target.capabilities.resume:
-                return False
+        if self._shown:
             self._resumptions += 1
             return self._within_budget(error)
-        if self._retries >= self._live.limits.max_retries:
-            return False
         self._retries += 1
         if not self._within_budget(error):
             return False
@@ -415,7 +431,7 @@ class Request:
     def _within_budget(self, error: InferenceError) -> bool:
         """Whether the deployment may make one more attempt. Spends it, or says in the error that it was not made."""
         assert self._budget is not None  # an attempt was made
-        lost = isinstance(error, ContextPoisoned)
+        lost = isinstance(error, ContextPoisoned) or error.metadata.get("phase") == NEXT_CHUNK
         now = time.monotonic()
         if self._budget.take_move(now) if lost else self._budget.take_retry(now):
             self._live.retries.inc(self.model, "move" if lost else "retry")
@@ -438,6 +454,34 @@ class Request:
             if self._target is not None:
                 self._target.outcomes.failed(now)
             self._stop(Timeout("no token came in the time that its deployment allows", phase="first_chunk"))
+        elif self._target is not None:
+            self._look(self._target, now)
+
+    def _look(self, target: Target, now: float) -> None:
+        """See how the attempt gets on, and have another replica do it where this one stands still."""
+        assert self._current is not None  # there is one for each target
+        assert self._route is not None
+        current, route = self._current, self._route
+        current.look(now, self.progress)
+        if not current.begun:
+            if target.link.silent:
+                self._leave_silent(target, route, now)
+            elif self.first_at and now - current.asked_at > route.first_chunk_timeout_s:
+                self._attempt_failed(Timeout("no token came from where the answer was to go on", phase=NEXT_CHUNK), told=False)
+        elif now - current.moved_at > (route.next_chunk_timeout_s if self.shows_at_once else route.first_chunk_timeout_s):
+            # An answer that is sent whole comes in lumps, so it gets the longer time.
+            self._attempt_failed(
+                Timeout("no further token came in the time that its deployment allows", phase=NEXT_CHUNK), told=False
+            )
+
+    def _leave_silent(self, target: Target, route: Route, now: float) -> None:
+        """The replica answers nothing and has given nothing: start on another one that does, where there is one, instead of
+        waiting until the session is known to be dead. What this one may still send is of an old epoch."""
+        other = choose(route, {*(self._tried or ()), target.replica_id}, self._revision)
+        if other is None or other.link.silent or not self._has_attempts(target):
+            return
+        if self._budget is not None and self._budget.may_move(now):
+            self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer at present"), told=False)
 
     def cancel(self) -> None:
         """The client left: stop the engine within one step. Nothing is sent to the sink any more."""
@@ -487,6 +531,8 @@ class Request:
             cast("Session", target.link).forget(self._stream_id)
             if outcome == "ok":
                 target.outcomes.succeeded()
+                if self._current is not None:
+                    self._current.look(now, self.progress)
         if self._wait_until:
             self._live.waiting.discard(self)
         self._settle(outcome, now)
