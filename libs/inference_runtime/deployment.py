@@ -59,6 +59,7 @@ class Timeouts(StrictModel):
     """Limits in time, by phase."""
 
     first_chunk_s: float = Field(default=60.0, gt=0, description="from admission to the first chunk")
+    next_chunk_s: float = Field(default=10.0, gt=0, description="from one chunk of a streamed answer to the next")
     total_s: float = Field(default=600.0, gt=0, description="the whole request")
     disconnected_s: float = Field(
         default=0.0, ge=0, description="what a streamed answer goes on for after its client has left; 0 cancels it at once"

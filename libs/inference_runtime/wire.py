@@ -280,6 +280,7 @@ def spec_to_proto(spec: d.DeploymentSpec) -> deployment_pb2.DeploymentSpec:
         ),
         timeouts=deployment_pb2.Timeouts(
             first_chunk=duration(spec.timeouts.first_chunk_s),
+            next_chunk=duration(spec.timeouts.next_chunk_s),
             total=duration(spec.timeouts.total_s),
             disconnected=duration(spec.timeouts.disconnected_s),
         ),
@@ -312,6 +313,8 @@ def spec_from_proto(p: deployment_pb2.DeploymentSpec) -> d.DeploymentSpec:
     timeouts: dict[str, object] = {}
     if p.timeouts.HasField("first_chunk"):
         timeouts["first_chunk_s"] = seconds(p.timeouts.first_chunk)
+    if p.timeouts.HasField("next_chunk"):
+        timeouts["next_chunk_s"] = seconds(p.timeouts.next_chunk)
     if p.timeouts.HasField("total"):
         timeouts["total_s"] = seconds(p.timeouts.total)
     if p.timeouts.HasField("disconnected"):

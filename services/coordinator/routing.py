@@ -82,6 +82,7 @@ def _line(
         generation=deployment.generation,
         first_chunk_timeout=timeouts.first_chunk if timeouts.HasField("first_chunk") else None,
         total_timeout=timeouts.total if timeouts.HasField("total") else None,
+        next_chunk_timeout=timeouts.next_chunk if timeouts.HasField("next_chunk") else None,
         disconnected_timeout=timeouts.disconnected if timeouts.HasField("disconnected") else None,
     )
 

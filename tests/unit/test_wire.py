@@ -98,7 +98,7 @@ def test_a_deployment_survives_the_wire() -> None:
         replicas=3,
         runtime_config={"tokens": 64, "pace_s": 0.5, "nested": {"list": [1, 2.5, "x", True, None]}},
         serving=Serving(max_concurrent=4, queue_capacity=0, on_capacity_exhausted="reject", max_context_tokens=99),
-        timeouts=Timeouts(first_chunk_s=1.5, total_s=20),
+        timeouts=Timeouts(first_chunk_s=1.5, next_chunk_s=2.5, total_s=20),
         accelerators=1,
         node_labels={"zone": "b"},
     )

@@ -13,7 +13,8 @@ SERVING = common_pb2.REPLICA_STATE_SERVING
 
 
 def deployment(name: str, *, deleting: bool = False, generation: int = 1) -> deployment_pb2.Deployment:
-    spec = deployment_pb2.DeploymentSpec(name=name, timeouts=deployment_pb2.Timeouts(first_chunk=duration(5), total=duration(50)))
+    timeouts = deployment_pb2.Timeouts(first_chunk=duration(5), next_chunk=duration(4), total=duration(50))
+    spec = deployment_pb2.DeploymentSpec(name=name, timeouts=timeouts)
     return deployment_pb2.Deployment(spec=spec, generation=generation, runtime="scripted", deleting=deleting)
 
 
@@ -27,6 +28,7 @@ def test_a_line_carries_what_a_gateway_needs() -> None:
     line = table.lines["a"]
     assert [r.id for r in line.replicas] == ["r1", "r2"]
     assert (line.runtime, line.generation, line.first_chunk_timeout.seconds, line.total_timeout.seconds) == ("scripted", 3, 5, 50)
+    assert line.next_chunk_timeout.seconds == 4
     assert table.revision == 7
 
 

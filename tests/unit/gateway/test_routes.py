@@ -204,6 +204,13 @@ def test_r_08_the_table_puts_a_slow_replica_aside_and_shows_it(net: Net) -> None
     assert table.shunned() == {}
 
 
+def test_a_line_that_names_no_limits_has_those_of_the_gateway(table: RouteTable) -> None:
+    """O01: every phase has a limit. A coordinator that is one version older sends no limit from chunk to chunk."""
+    table.apply(update(replica("a")))
+    line = route(table)
+    assert (line.first_chunk_timeout_s, line.next_chunk_timeout_s, line.total_timeout_s) == (60.0, 10.0, 600.0)
+
+
 def test_load_spreads_over_equal_replicas(table: RouteTable) -> None:
     table.apply(update(*(replica(name) for name in "abcd")))
     counts: Counter[str] = Counter()
