@@ -1,4 +1,4 @@
-"""Whether a process leads, as it says itself: a stream that only a leader keeps open."""
+"""Who leads: as etcd has it, and as a process says of itself, by a stream that only a leader keeps open."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from bench.faults.scene import VISIBLE_S
+from inference_runtime.coordination import EtcdClient, keys
 from inference_runtime.rpc import open_channel
 from inference_runtime.testing.cluster import Cluster
 from inference_runtime.testing.faults import FaultNotVerified
@@ -20,7 +21,7 @@ from inference_runtime.v1 import (
     deployment_manager_service_pb2_grpc,
 )
 
-__all__ = ["ROLES", "deposed_at"]
+__all__ = ["ROLES", "deposed_at", "terms"]
 
 
 def _routes(channel: grpc.aio.Channel) -> Any:
@@ -66,3 +67,13 @@ async def deposed_at(cluster: Cluster, role: str, process: str, leads: asyncio.E
     if not leads.is_set():
         raise FaultNotVerified(f"{process} does not answer as leader of {role}")
     return time.monotonic()
+
+
+async def terms(cluster: Cluster) -> set[tuple[str, int]]:
+    """The leaders' keys, and the revisions that made them: one for each role that is led."""
+    async with EtcdClient(cluster.etcd) as client:
+        candidates, _ = await client.list(keys.ELECTIONS)
+    first: dict[str, tuple[str, int]] = {}
+    for kv in sorted(candidates, key=lambda kv: kv.create_revision):
+        first.setdefault(keys.segments(kv.key, keys.ELECTIONS)[0], (kv.key, kv.create_revision))
+    return set(first.values())

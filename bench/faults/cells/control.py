@@ -6,12 +6,13 @@ import asyncio
 import time
 from typing import Any
 
-from bench.faults.office import ROLES, deposed_at
+import grpc
+
+from bench.faults.office import ROLES, deposed_at, terms
 from bench.faults.scene import LEASE_TTL_S, Cell, Scene
-from inference_runtime.coordination import EtcdClient, keys
 from inference_runtime.coordination.lease import margin_s
 from inference_runtime.coordination.watchdog import EXIT_STATUS, GRACE_S
-from inference_runtime.rpc import open_channel
+from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.testing.disturb import Disturb
 from inference_runtime.testing.faults import Freeze, Kill
 from inference_runtime.testing.inside import BlockLoop
@@ -107,7 +108,7 @@ async def engines_out_of_reach(scene: Scene) -> None:
     pids = scene.cluster.pids()
     engines = [pids[p.spec.name] for p in scene.cluster.local.of("engine")]
     door = scene.cluster.rpc_doors[leader]
-    before = await _terms(scene)
+    before = await terms(scene.cluster)
     begin = time.monotonic()
 
     async def degraded() -> bool:
@@ -122,7 +123,7 @@ async def engines_out_of_reach(scene: Scene) -> None:
         scene.measured("degraded_said_s", await scene.seconds_until(degraded, begin))
         await asyncio.sleep(2 * LEASE_TTL_S)
     scene.measured("well_again_s", await scene.seconds_until(well))
-    scene.measured("terms_lost", len(before - await _terms(scene)))
+    scene.measured("terms_lost", len(before - await terms(scene.cluster)))
 
 
 async def _complaints(scene: Scene, process: str) -> list[str]:
@@ -131,18 +132,10 @@ async def _complaints(scene: Scene, process: str) -> list[str]:
     try:
         stub = coordinator_service_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
         return list((await stub.GetStatus(coordinator_service_pb2.GetStatusRequest(), timeout=2)).degraded)
+    except grpc.aio.AioRpcError as err:
+        raise error_from_rpc(err) from err
     finally:
         await channel.close(None)
-
-
-async def _terms(scene: Scene) -> set[tuple[str, int]]:
-    """The keys of all leaders, and when they were made."""
-    async with EtcdClient(scene.cluster.etcd) as client:
-        candidates, _ = await client.list(keys.ELECTIONS)
-    first: dict[str, tuple[str, int]] = {}
-    for kv in sorted(candidates, key=lambda kv: kv.create_revision):
-        first.setdefault(keys.segments(kv.key, keys.ELECTIONS)[0], (kv.key, kv.create_revision))
-    return set(first.values())
 
 
 async def _replaced(scene: Scene, role: str, old: str, begin: float) -> None:
