@@ -199,6 +199,8 @@ class Resumer:
         self._waiting: dict[str, tuple[KeptSink, Record]] = {}
         self._jobs: asyncio.Queue[Coroutine[None, None, None]] = asyncio.Queue(MAX_JOBS)
         self._records = metrics.gauge("inference_stream_records")
+        self._peer_count = metrics.gauge("inference_gateway_peers")
+        self._peer_count.set(0)
         self.outcomes = metrics.counter("inference_stream_returns_total", "outcome")
 
     # --- streams that begin and end ----------------------------------------------------------------------------------------
@@ -346,6 +348,7 @@ class Resumer:
         while True:
             await self._peers.changed.wait()
             self._peers.changed.clear()
+            self._peer_count.set(len(self._peers.peers))
             self._replicator.wake()
 
     async def _tidy(self) -> None:

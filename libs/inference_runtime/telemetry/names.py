@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_retries_total": ("", "Further attempts, by deployment and kind (retry: refused; move: replica lost)"),
     "inference_resumptions_total": ("", "Broken answers, by deployment and outcome (resumed: went on elsewhere; failed)"),
     "inference_gateway_peers": ("", "Other gateways that are known"),
+    "inference_gateway_peers": ("", "Other gateways that are known"),
     "inference_stream_copies": ("", "Streams of this gateway that another one is given a copy of"),
     "inference_stream_records": ("", "Streams kept for clients that may come back, copies for other gateways among them"),
     "inference_stream_returns_total": ("", "Clients that came back to a stream, by outcome (resumed, kept, over, or the reason)"),

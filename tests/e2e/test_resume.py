@@ -1,0 +1,193 @@
+"""A stream outlives the gateway that served it (G-01): killed at any moment, it goes on at the other one, to the letter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from inference_runtime.testing.cluster import Cluster
+from inference_runtime.testing.faults import process_state
+from inference_runtime.testing.scripted import expected_text, user_says
+
+PROMPT = "Count the doors of this house."
+TOKENS = 40
+PATIENCE_S = 30.0
+
+
+@dataclass
+class Reader:
+    """An EventSource: what it was given, and the id of the last event."""
+
+    texts: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    last_id: str = ""
+    usage: Mapping[str, int] | None = None
+    finish: str = ""
+    done: bool = False
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self.texts)
+
+    def event(self, event_id: str, data: str) -> None:
+        """One event, whole."""
+        assert event_id, f"an event without an id: {data}"
+        self.last_id = event_id
+        self.ids.append(event_id)
+        if data == "[DONE]":
+            self.done = True
+            return
+        document = json.loads(data)
+        assert "error" not in document, document
+        self.usage = document.get("usage") or self.usage
+        for choice in document["choices"]:
+            if text := choice["delta"].get("content"):
+                self.texts.append(text)
+            self.finish = choice["finish_reason"] or self.finish
+
+    async def read(self, lines: AsyncIterator[str], until: int = 10**6) -> None:
+        """Read until so many pieces of text are here, or to the end."""
+        event_id = ""
+        async for line in lines:
+            if line.startswith("id: "):
+                event_id = line[4:]
+            elif line.startswith("data: "):
+                self.event(event_id, line[6:])
+                event_id = ""
+                if len(self.texts) >= until:
+                    return
+
+
+def request(**fields: Any) -> dict[str, Any]:
+    """A streamed request of `slow`."""
+    messages = [{"role": "user", "content": PROMPT}]
+    return {
+        "model": "slow", "messages": messages, "seed": 5, "max_tokens": TOKENS, "stream": True,
+        "stream_options": {"include_usage": True}, **fields,
+    }  # fmt: skip
+
+
+async def eventually(client: httpx.AsyncClient, url: str, line: str) -> None:
+    """Wait until a gateway's metrics hold this line."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            if line in (await client.get(f"{url}/metrics")).text.splitlines():
+                return
+            await asyncio.sleep(0.02)
+
+
+async def acquainted(cluster: Cluster, client: httpx.AsyncClient) -> None:
+    """Wait until both gateways serve `slow` and know each other."""
+    await cluster.wait_serving("slow")
+    for url in cluster.local.http_urls:
+        await eventually(client, url, "inference_gateway_peers 1")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two gateways, two engines, and a deployment that takes 20 ms for a token."""
+    with Cluster(engines=2, gateways=2, lease_ttl_s=3) as running:
+        spec = {"name": "slow", "model": "scripted", "runtime": "scripted", "replicas": 2, "runtime_config": {"pace_s": 0.02}}
+        asyncio.run(running.apply(spec))
+        yield running
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    """A client without a pool's memory of dead gateways."""
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
+        yield http
+
+
+def kill_gateway(cluster: Cluster, number: int) -> None:
+    """kill -9, and see that it is gone."""
+    process = cluster.local.of("gateway")[number]
+    pid = process.pid
+    cluster.kill(process.spec.name)
+    assert process_state(pid) == "", f"gateway {number + 1} still runs"
+
+
+@pytest.mark.parametrize(
+    ("index", "way"), [(0, "POST"), (1, "POST"), (2, "GET"), (7, "POST"), (19, "GET"), (33, "POST"), (38, "POST")]
+)
+async def test_g_01_a_stream_goes_on_at_the_other_gateway_when_its_own_is_killed(
+    cluster: Cluster, client: httpx.AsyncClient, index: int, way: str
+) -> None:
+    """G-01: killed after any token, nothing of the answer is lost, doubled or foreign."""
+    await acquainted(cluster, client)
+    victim = index % 2
+    urls = cluster.local.http_urls
+    reader = Reader()
+    async with client.stream("POST", f"{urls[victim]}/v1/chat/completions", json=request()) as first:
+        lines = first.aiter_lines()
+        await reader.read(lines, until=index + 1)
+        before = reader.text
+        kill_gateway(cluster, victim)
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            await reader.read(lines)  # what the kernel still held
+    assert not reader.done
+    assert expected_text(user_says(PROMPT), seed=5, n=TOKENS).startswith(before)
+    headers = {"last-event-id": reader.last_id}
+    other = urls[1 - victim]
+    if way == "POST":
+        again = client.stream("POST", f"{other}/v1/chat/completions", json=request(), headers=headers)
+    else:
+        again = client.stream("GET", f"{other}/v1/streams/{reader.last_id.partition(':')[0]}", headers=headers)
+    async with again as second:
+        assert second.status_code == 200, await second.aread()
+        await reader.read(second.aiter_lines())
+    await cluster.restart(cluster.local.of("gateway")[victim].spec.name)
+    assert reader.text == expected_text(user_says(PROMPT), seed=5, n=TOKENS)
+    assert (reader.finish, reader.done) == ("length", True)
+    assert reader.usage is not None
+    assert reader.usage["completion_tokens"] == TOKENS
+    assert len(set(reader.ids)) == len(reader.ids) - 1, "only the counts and [DONE] share an id"
+    assert len({event_id.partition(":")[0] for event_id in reader.ids}) == 1, "it stays one stream"
+
+
+async def test_a_stream_survives_one_gateway_after_the_other(cluster: Cluster, client: httpx.AsyncClient) -> None:
+    """Who has it now keeps it copied, too: three attachments, and the sum is one answer."""
+    await acquainted(cluster, client)
+    urls, reader, served_by = cluster.local.http_urls, Reader(), 0
+    for round_ in range(3):
+        headers = {"last-event-id": reader.last_id} if reader.last_id else {}
+        async with client.stream("POST", f"{urls[served_by]}/v1/chat/completions", json=request(), headers=headers) as response:
+            assert response.status_code == 200, await response.aread()
+            await reader.read(response.aiter_lines(), until=10 * (round_ + 1) if round_ < 2 else 10**6)
+            if round_ < 2:
+                kill_gateway(cluster, served_by)
+        if round_ < 2:
+            await cluster.restart(cluster.local.of("gateway")[served_by].spec.name)
+            served_by = 1 - served_by
+            await acquainted(cluster, client)
+    assert reader.text == expected_text(user_says(PROMPT), seed=5, n=TOKENS)
+    assert reader.done
+
+
+async def test_a_stop_string_that_began_before_the_kill_ends_the_answer_after_it(
+    cluster: Cluster, client: httpx.AsyncClient
+) -> None:
+    """Text that was held back as a possible stop string is rebuilt from the tokens, not from what was shown."""
+    await acquainted(cluster, client)
+    whole = [expected_text(user_says(PROMPT), seed=5, n=n) for n in range(TOKENS + 1)]
+    stop = whole[12][len(whole[11]) - 3 :]  # begins within the 11th word, ends with the 12th
+    reader = Reader()
+    async with client.stream("POST", f"{cluster.local.http_urls[0]}/v1/chat/completions", json=request(stop=stop)) as first:
+        await reader.read(first.aiter_lines(), until=11)
+        kill_gateway(cluster, 0)
+    headers = {"last-event-id": reader.last_id}
+    again = client.stream("POST", f"{cluster.local.http_urls[1]}/v1/chat/completions", json=request(stop=stop), headers=headers)
+    async with again as second:
+        assert second.status_code == 200, await second.aread()
+        await reader.read(second.aiter_lines())
+    await cluster.restart("gateway")
+    assert reader.text == whole[TOKENS][: whole[TOKENS].index(stop)]
+    assert (reader.finish, reader.done) == ("stop", True)
