@@ -45,7 +45,7 @@ def etcd_client(settings: EtcdSettings, metrics: MetricSet, mark: StoreMark | No
         cert_file=settings.cert_file,
         key_file=settings.key_file,
         guard=StoreGuard(mark),
-        on_store=lambda refusal: refused.set(bool(refusal)),
+        on_store=lambda refusal: refused.set(int(bool(refusal))),
     )
 
 

@@ -75,6 +75,10 @@ class Registrar:
             return False
         return time.monotonic() - entry.renewed_s < self._ttl_s / 3 or await self._renew(engine_id, entry)
 
+    def knows(self, engine_id: str) -> bool:
+        """Whether this engine is registered here."""
+        return engine_id in self._entries
+
     async def deregister(self, engine_id: str) -> bool:
         """Take an engine and its replicas back. False when it is not registered here."""
         entry = self._entries.pop(engine_id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +25,10 @@ __all__ = ["ROLE", "CoordinatorService"]
 log = get_logger(__name__)
 
 ROLE = "coordinator"
+#: Seconds between two looks at what this coordinator lacks.
+LOOK_S = 0.5
+#: What it can lack.
+REASONS = ("engines_silent", "no_gateways", "routes_frozen", "routes_held")
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -32,6 +37,7 @@ Context = grpc.aio.ServicerContext[object, object]
 class _Office:
     """What a term holds."""
 
+    term: Term
     table: Table
     registrar: Registrar
 
@@ -52,21 +58,39 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         self._office: _Office | None = None
         self._leads = metrics.gauge("inference_leader", "role")
         self._terms = metrics.counter("inference_leader_terms_total", "role")
+        self._degraded = metrics.gauge("inference_coordinator_degraded", "reason")
         self._gauges = TableGauges(metrics)
 
     async def lead(self, term: Term) -> None:
         """Answer and push the table until cancelled, which is how a term ends."""
-        table = Table(self._client, self._settings, term.token.to_proto(), self._gauges)
+        table = Table(self._client, self._settings, term.token.to_proto(), self._gauges, term.valid)
         registrar = Registrar(self._client, term, self._settings.registration_ttl_s)
-        self._office = _Office(table, registrar)
+        self._office = _Office(term, table, registrar)
         self._leads.set(1, ROLE)
         self._terms.inc(ROLE)
         try:
-            await table.run()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(table.run())
+                tasks.create_task(self._watch_condition(table))
         finally:
             self._office = None
             self._leads.set(0, ROLE)
+            self._degraded.clear()
             registrar.close()
+
+    async def _watch_condition(self, table: Table) -> None:
+        """Say what this coordinator lacks, when that begins and when it ends. Runs until cancelled."""
+        lacked: set[str] = set()
+        while True:
+            lacks = table.condition().lacks
+            for reason in lacks.keys() - lacked:
+                log.warning("coordinator degraded", reason=reason, why=lacks[reason])
+            for reason in lacked - lacks.keys():
+                log.info("coordinator well again", reason=reason)
+            lacked = set(lacks)
+            for reason in REASONS:
+                self._degraded.set(int(reason in lacked), reason)
+            await asyncio.sleep(LOOK_S)
 
     async def Register(
         self, request: coordinator_service_pb2.RegisterRequest, context: Context
@@ -77,7 +101,10 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
     async def Deregister(
         self, request: coordinator_service_pb2.DeregisterRequest, context: Context
     ) -> coordinator_service_pb2.DeregisterResponse:
-        await self._leading().registrar.deregister(request.engine_id)
+        office = self._leading()
+        if office.registrar.knows(request.engine_id):
+            office.table.leaves(request.engine_id)
+        await office.registrar.deregister(request.engine_id)
         return coordinator_service_pb2.DeregisterResponse()
 
     async def ReportLoad(
@@ -94,6 +121,7 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         self, request: coordinator_service_pb2.RouteRequest, context: Context
     ) -> coordinator_service_pb2.RouteResponse:
         office = await self._ready()
+        await office.table.settled()
         line = office.table.table.lines.get(request.deployment)
         if line is None:
             raise DeploymentNotFound(
@@ -124,8 +152,28 @@ class CoordinatorService(coordinator_service_pb2_grpc.CoordinatorServiceServicer
         loads = [load for replica in replicas if (load := table.loads.get(replica.id, now_s)) is not None]
         return coordinator_service_pb2.ListReplicasResponse(replicas=replicas, loads=loads)
 
+    async def GetStatus(
+        self, request: coordinator_service_pb2.GetStatusRequest, context: Context
+    ) -> coordinator_service_pb2.GetStatusResponse:
+        refusal = self._client.guard.refusal if self._client.guard is not None else ""
+        office = self._office
+        if office is None:
+            return coordinator_service_pb2.GetStatusResponse(store_refusal=refusal)
+        condition = office.table.condition()
+        return coordinator_service_pb2.GetStatusResponse(
+            leading=office.term.valid(),
+            fencing_token=office.term.token.to_proto(),
+            store_refusal=refusal,
+            routes_frozen=condition.frozen,
+            degraded=[why for _, why in sorted(condition.lacks.items())],
+            engines=condition.engines,
+            silent_engines=condition.silent,
+            watchers=condition.watchers,
+            revision=condition.revision,
+        )
+
     def _leading(self) -> _Office:
-        if self._office is None:
+        if self._office is None or not self._office.term.valid():
             raise self._not_leader()
         return self._office
 

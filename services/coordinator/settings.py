@@ -25,4 +25,9 @@ class CoordinatorSettings(ServiceSettings):
     freeze_s: float = Field(
         default=60.0, ge=0, description="seconds for which routes outlive a mass loss of leases; 0 switches that off"
     )
+    settle_s: float = Field(
+        default=15.0,
+        ge=0,
+        description="seconds for which a new leader leaves the gateways their routes while most engines are missing; 0 for none",
+    )
     grace_s: float = Field(default=1.0, ge=0, description="seconds that running calls may take to end at shutdown")

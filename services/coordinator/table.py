@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
 from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
+from inference_runtime.coordination.loss import LossGuard, is_crowd
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2, deployment_pb2
+from services.coordinator.attendance import Attendance, Condition
 from services.coordinator.load import LoadBook
-from services.coordinator.panic import LossGuard
 from services.coordinator.routing import RouteTable, build_table, diff_tables
 from services.coordinator.settings import CoordinatorSettings
 
@@ -71,12 +72,18 @@ class Table:
         settings: Intervals.
         token: The term, sent along with every message.
         gauges: Where its size is published.
+        valid: Whether the term still holds. Asked before each message: a leader that was suspended says nothing more.
     """
 
     def __init__(
-        self, client: EtcdClient, settings: CoordinatorSettings, token: common_pb2.FencingToken, gauges: TableGauges
+        self,
+        client: EtcdClient,
+        settings: CoordinatorSettings,
+        token: common_pb2.FencingToken,
+        gauges: TableGauges,
+        valid: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.settings, self.token = settings, token
+        self.settings, self.token, self.valid = settings, token, valid
         self.table = RouteTable()
         self.loads = LoadBook(settings.load_ttl_s)
         self._client, self._gauges = client, gauges
@@ -84,10 +91,18 @@ class Table:
         self._deployments: dict[str, deployment_pb2.Deployment] = {}
         self._engines: dict[str, common_pb2.Engine] = {}
         self._replicas: dict[str, common_pb2.Replica] = {}
+        #: engine and replica of each assignment, by key
+        self._assigned: dict[str, tuple[str, str]] = {}
         self._guard = LossGuard(2 * settings.etcd.lease_ttl_s, settings.freeze_s)
+        self._attendance = Attendance(settings.load_ttl_s)
+        self._hold_until_s = 0.0
+        self._leaving: set[str] = set()
+        #: replicas in the table whose engines have vanished in a crowd
+        self.believed = 0
         self._removed: dict[str, tuple[float, common_pb2.Replica]] = {}
         self._dirty = asyncio.Event()
         self._ready = asyncio.Event()
+        self._settled = asyncio.Event()
         self._watchers: set[Subscription] = set()
         self.ended = False
 
@@ -101,6 +116,7 @@ class Table:
             self.ended = True
             self._gauges.clear()
             self._ready.set()
+            self._settled.set()
             for watcher in self._watchers:
                 watcher.wake.set()
 
@@ -108,15 +124,27 @@ class Table:
         """Wait until everything was read once, or the term has ended."""
         await self._ready.wait()
 
+    async def settled(self) -> None:
+        """Wait until the table may be told, or the term has ended: at the start of a term, a crowd of missing engines gets a
+        while to come back, and gateways keep the routes they have."""
+        await self._settled.wait()
+
+    @property
+    def held(self) -> bool:
+        """Whether the table is held back."""
+        return self._ready.is_set() and not self._settled.is_set()
+
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:
         """A watcher of the table, for as long as the context lasts."""
         watcher = Subscription(self)
         self._watchers.add(watcher)
+        self._attendance.gateways(len(self._watchers), time.monotonic())
         try:
             yield watcher
         finally:
             self._watchers.discard(watcher)
+            self._attendance.gateways(len(self._watchers), time.monotonic())
 
     def engine_known(self, engine_id: str) -> bool:
         """Whether this engine is registered, or believed to be."""
@@ -129,9 +157,26 @@ class Table:
         chosen = (r for r in self._replicas.values() if not deployment or r.deployment == deployment)
         return sorted(chosen, key=lambda replica: (replica.deployment, replica.id))
 
+    def leaves(self, engine_id: str) -> None:
+        """An engine says that it goes: its removal is no loss."""
+        self._leaving.add(engine_id)
+
+    def condition(self) -> Condition:
+        """How this coordinator is doing."""
+        now_s = time.monotonic()
+        engines = [e.id for e in self._engines.values() if e.state != common_pb2.ENGINE_STATE_DRAINING]
+        silent, lacks = self._attendance.look(engines, now_s)
+        if self.held:
+            missing = len(self._missing())
+            lacks["routes_held"] = f"{missing} replicas that are assigned are not registered; gateways keep the routes they have"
+        elif self.believed:
+            lacks["routes_frozen"] = f"{self.believed} replicas are kept in the routes although their engines vanished from etcd"
+        return Condition(len(engines), silent, len(self._watchers), self.table.revision, self.held or self.believed > 0, lacks)
+
     def report(self, engine_id: str, loads: Iterable[common_pb2.ReplicaLoad]) -> None:
         """Take load reports of an engine's replicas. Each call renews what it said before; unknown replicas are ignored."""
         now_s = time.monotonic()
+        self._attendance.heard(engine_id, now_s)
         own = {r.id for r in self._replicas.values() if r.engine_id == engine_id}
         own |= {r.id for line in self.table.lines.values() for r in line.replicas if r.engine_id == engine_id}
         said = {load.replica_id: load for load in loads if load.replica_id in own}
@@ -162,7 +207,15 @@ class Table:
     def _records(self) -> tuple[dict[str, Any], ...]:
         return self._deployments, self._engines, self._replicas
 
+    def _missing(self) -> list[str]:
+        """The engine of each assigned replica that is not registered."""
+        known = {replica.id for replica in self._replicas.values()}
+        return [engine_id for engine_id, replica_id in self._assigned.values() if replica_id not in known]
+
     def _put(self, kv: KeyValue) -> None:
+        if kv.key.startswith(keys.ASSIGNMENTS):
+            engine_id, _, replica_id = kv.key.removeprefix(keys.ASSIGNMENTS).partition("/")
+            self._assigned[kv.key] = engine_id, replica_id
         for (prefix, message), records in zip(_KINDS.items(), self._records(), strict=True):
             if kv.key.startswith(prefix):
                 self._removed.pop(kv.key, None)
@@ -174,6 +227,7 @@ class Table:
 
     def _remove(self, key: str) -> None:
         now_s = time.monotonic()
+        self._assigned.pop(key, None)
         self._deployments.pop(key, None)
         replica = self._replicas.pop(key, None)
         if replica is not None and replica.state == common_pb2.REPLICA_STATE_SERVING:
@@ -181,12 +235,19 @@ class Table:
         engine = self._engines.pop(key, None)
         if engine is None or engine.state == common_pb2.ENGINE_STATE_DRAINING:
             return
-        if self._guard.lost(engine.id, {e.id for e in self._engines.values()}, now_s):
-            log.error("many engines lost their leases at once; their routes are kept for a while", alive=len(self._engines))
+        if engine.id in self._leaving:
+            self._leaving.discard(engine.id)
+            return
+        if self._guard.lost([engine.id], {e.id for e in self._engines.values()}, now_s):
+            log.error(
+                "many engines lost their leases at once; their routes are kept for a while",
+                alive=len(self._engines),
+                for_s=self.settings.freeze_s,
+            )
 
     async def _publish(self) -> None:
         while True:
-            until_s = self._guard.next_change_s()
+            until_s = self._hold_until_s if self.held else self._guard.next_change_s()
             try:
                 async with asyncio.timeout(max(0.0, until_s - time.monotonic()) if until_s is not None else None):
                     await self._dirty.wait()
@@ -194,8 +255,27 @@ class Table:
                 pass
             self._dirty.clear()
             self._rebuild()
-            self._ready.set()
+            if not self._settled.is_set():
+                self._settle()
             await asyncio.sleep(GATHER_S)
+
+    def _settle(self) -> None:
+        """Lets the table out: at once, or when a crowd of engines that was missing at the start is back or did not come."""
+        now_s, missing = time.monotonic(), self._missing()
+        if not self._ready.is_set():
+            self._ready.set()
+            alive = {engine.id for engine in self._engines.values()}
+            absent = set(missing) - alive
+            if is_crowd(len(absent), len(alive)) and self.settings.settle_s:
+                self._hold_until_s = now_s + self.settings.settle_s
+                log.error(
+                    "many engines are missing at the start of the term; gateways keep their routes until they are back",
+                    missing=len(absent),
+                    alive=len(alive),
+                    for_s=self.settings.settle_s,
+                )
+        if not missing or now_s >= self._hold_until_s:
+            self._settled.set()
 
     def _rebuild(self) -> None:
         now_s = time.monotonic()
@@ -203,6 +283,7 @@ class Table:
         window_s = max(self.settings.freeze_s, 2 * self.settings.etcd.lease_ttl_s)
         self._removed = {k: (at_s, r) for k, (at_s, r) in self._removed.items() if now_s - at_s <= window_s}
         believed = [r for at_s, r in self._removed.values() if self._guard.believed(r.engine_id, at_s, now_s)]
+        self.believed = len(believed)
         table = build_table(
             self._revision,
             self._deployments.values(),
@@ -246,9 +327,9 @@ class Subscription:
     async def next(self) -> coordinator_service_pb2.WatchRoutesResponse | None:
         """What is new, as soon as there is something; nothing but the revision when there is nothing for a while; None when the
         term has ended."""
-        await self._table.ready()
+        await self._table.settled()
         heard_s = time.monotonic()
-        while not self._table.ended:
+        while not self._table.ended and self._table.valid():
             now_s = time.monotonic()
             self.wake.clear()
             if self._lines is None:

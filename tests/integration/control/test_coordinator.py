@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -254,6 +254,7 @@ async def test_trap_02_an_engine_registers_by_call_and_is_routed_to(client: Etcd
 
 
 async def test_a_registration_lives_as_long_as_it_is_renewed(client: EtcdClient, coordinator: Singleton) -> None:
+    await FakeEngine(client, "e1").join()  # with nobody left, the last one would be believed in for a while
     await put_deployment(client, "a")
     async with watching(coordinator) as watch:
         await coordinator.call("Register", engine_by_call(["r1"]))
@@ -325,6 +326,118 @@ async def test_routes_of_a_mass_loss_go_when_their_time_is_over(etcd: EtcdProces
         assert await leases_end_together(client, leader, lost=4) == {"a": ["r0", "r1", "r2", "r3", "r5"]}
         async with watching(leader) as watch:
             await watch.until_table({"a": ["r5"]})
+
+
+async def test_routes_survive_when_everybody_loses_the_lease(client: EtcdClient, coordinator: Singleton) -> None:
+    """E-06 in a small cluster: two engines, or one, are no crowd, but all there were."""
+    await put_deployment(client, "a")
+    engines = [await FakeEngine(client, f"e{i}").join() for i in range(2)]
+    for i, engine in enumerate(engines):
+        await engine.serve("a", f"r{i}")
+    async with watching(coordinator) as watch:
+        await watch.until_table({"a": ["r0", "r1"]})
+        await asyncio.gather(*(engine.leave() for engine in engines))
+        await put_deployment(client, "b")  # shows that the losses were seen
+        await watch.until_table({"a": ["r0", "r1"], "b": []})
+        status = await coordinator.call("GetStatus", pb.GetStatusRequest())
+        assert status.routes_frozen
+        assert "2 replicas are kept" in status.degraded[0]
+
+        back = await FakeEngine(client, "e0").join()
+        await back.serve("a", "r0")
+        await FakeEngine(client, "e1").join()
+        await watch.until_table({"a": ["r0", "r1"], "b": []})
+
+
+async def assigned(client: EtcdClient, engine_id: str, replica_id: str) -> None:
+    assignment = common_pb2.Assignment(replica_id=replica_id, engine_id=engine_id, deployment="a")
+    await client.put(keys.assignment(engine_id, replica_id), assignment.SerializeToString())
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_new_leader_keeps_its_table_back_while_a_crowd_is_missing(
+    etcd: EtcdProcess, client: EtcdClient, comes_back: bool
+) -> None:
+    """E-06: the leader lost its lease with everybody else. It knows who is assigned, and does not tell the gateways that nobody
+    serves; who does not come back in time is dead."""
+    await put_deployment(client, "a")
+    for i in range(3):
+        await assigned(client, f"e{i}", f"r{i}")
+    settings = CoordinatorSettings(settle_s=60 if comes_back else 0.5)
+    async with singleton("coordinator", etcd.endpoint, settings) as leader, watching(leader) as watch:
+        status = await leader.call("GetStatus", pb.GetStatusRequest())
+        if comes_back:
+            assert (status.leading, status.routes_frozen) == (True, True)
+            assert "3 replicas that are assigned are not registered" in status.degraded[0]
+            for i in range(3):
+                assert not watch.messages
+                engine = await FakeEngine(client, f"e{i}").join()
+                await engine.serve("a", f"r{i}")
+            await watch.until_table({"a": ["r0", "r1", "r2"]})
+        else:
+            await watch.until_table({"a": []})
+        assert len(watch.messages) == 1, "nobody was told a table with holes"
+        status = await leader.call("GetStatus", pb.GetStatusRequest())
+        assert not status.routes_frozen
+
+
+async def test_a_new_leader_tells_its_table_at_once_when_one_engine_of_many_is_missing(
+    etcd: EtcdProcess, client: EtcdClient
+) -> None:
+    await put_deployment(client, "a")
+    for i in range(3):
+        await assigned(client, f"e{i}", f"r{i}")
+    for i in range(2):
+        await (await FakeEngine(client, f"e{i}").join()).serve("a", f"r{i}")
+    async with singleton("coordinator", etcd.endpoint, CoordinatorSettings(settle_s=60)) as leader, watching(leader) as watch:
+        await watch.until_table({"a": ["r0", "r1"]})
+
+
+async def test_a_leader_that_engines_do_not_reach_says_so_and_stays(etcd: EtcdProcess, client: EtcdClient) -> None:
+    """M-05: it holds its lease, and hears nobody. Nobody else leads; metric, log and status tell."""
+    settings = CoordinatorSettings(load_ttl_s=0.5)
+    async with singleton("coordinator", etcd.endpoint, settings) as leader:
+        term = leader.election.term
+        await FakeEngine(client, "e1").join()
+
+        async def lacks() -> str:
+            status = await leader.call("GetStatus", pb.GetStatusRequest())
+            assert status.leading
+            return " ".join(status.degraded)
+
+        async def reported() -> bool:
+            with contextlib.suppress(EngineLost):
+                await leader.call("ReportLoad", pb.ReportLoadRequest(engine_id="e1"))
+            return not await lacks()
+
+        assert "1 of 1 engines" in await until(lacks, "silence to be noticed")
+        await until(degraded_metric(leader, "engines_silent", 1), "the metric")
+        await until(reported, "the engine to be heard")
+        await until(degraded_metric(leader, "engines_silent", 0), "the metric to fall")
+        async with watching(leader) as watch:
+            await watch.next()
+
+        async def gateways_missed() -> bool:
+            return "no gateway watches the routes any more; 1 did" in await lacks()
+
+        await until(gateways_missed, "the gateways to be missed")
+        assert leader.election.term is term is not None
+
+
+def degraded_metric(leader: Singleton, reason: str, value: int) -> Callable[[], Awaitable[bool]]:
+    line = f'inference_coordinator_degraded{{reason="{reason}"}} {value}'
+
+    async def shows() -> bool:
+        return line in leader.telemetry.metrics.prometheus_text().decode().splitlines()
+
+    return shows
+
+
+async def test_a_follower_tells_its_status_too(etcd: EtcdProcess, client: EtcdClient, coordinator: Singleton) -> None:
+    async with singleton("coordinator", etcd.endpoint, SETTINGS, wait=False) as follower:
+        status = await follower.call("GetStatus", pb.GetStatusRequest())
+
+    assert status == pb.GetStatusResponse()
 
 
 async def test_a_follower_names_the_leader(etcd: EtcdProcess, client: EtcdClient, coordinator: Singleton) -> None:

@@ -1,20 +1,25 @@
 """The panic rule: when many engines lose their leases at once, the registry is at fault, not the engines. Pure.
 
-Engines that died one by one leave the table at once. Engines that vanish in a crowd stay in it for a while: the gateways find out
-for themselves which of them answer. An engine that drained before it left is not missed.
+Engines that died one by one are believed dead at once. Engines that vanish in a crowd are believed in for a while: those who talk
+to them find out for themselves which of them answer. An engine that drained before it left is not missed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-__all__ = ["LossGuard"]
+__all__ = ["LossGuard", "is_crowd"]
 
 #: A crowd: at least this many, and more than this share of all.
 CROWD_ENGINES = 3
 CROWD_SHARE = 0.3
 #: Keys of one lease vanish together, but are seen over several watches. More apart than this, a removal was meant.
 TOGETHER_S = 2.0
+
+
+def is_crowd(lost: int, alive: int) -> bool:
+    """Whether so many losses at once speak against the registry: more than a few and more than a share, or all there were."""
+    return bool(lost) and (not alive or (lost >= CROWD_ENGINES and lost > CROWD_SHARE * (alive + lost)))
 
 
 class LossGuard:
@@ -30,37 +35,38 @@ class LossGuard:
         self._lost_at: dict[str, float] = {}
         self._frozen: dict[str, float] = {}
 
-    def lost(self, engine_id: str, alive: Collection[str], now_s: float) -> bool:
-        """An engine vanished without having drained. True when that is the moment of panic.
+    def lost(self, engine_ids: Collection[str], alive: Collection[str], now_s: float) -> bool:
+        """Engines vanished without having drained. True when that is the moment of panic.
 
         Args:
-            engine_id: Who vanished.
+            engine_ids: Who vanished.
             alive: Who is left.
             now_s: The present.
         """
-        self._forget(now_s)
-        self._lost_at[engine_id] = now_s
+        self.calm_down(now_s)
+        self._lost_at |= dict.fromkeys(engine_ids, now_s)
         recent = [lost for lost, at_s in self._lost_at.items() if now_s - at_s <= self._window_s and lost not in alive]
-        if len(recent) < CROWD_ENGINES or len(recent) <= CROWD_SHARE * (len(alive) + len(recent)):
+        if not is_crowd(len(recent), len(alive)):
             return False
         calm = not self._frozen
         self._frozen |= {lost: self._lost_at[lost] for lost in recent}
         return calm and self._freeze_s > 0
 
+    def frozen(self, engine_id: str, now_s: float) -> bool:
+        """Whether this engine is still believed in."""
+        lost_s = self._frozen.get(engine_id)
+        return lost_s is not None and now_s - lost_s < self._freeze_s
+
     def believed(self, engine_id: str, removed_s: float, now_s: float) -> bool:
         """Whether something of this engine that was removed at `removed_s` still counts."""
-        lost_s = self._frozen.get(engine_id)
-        return lost_s is not None and now_s - lost_s < self._freeze_s and abs(removed_s - lost_s) <= TOGETHER_S
+        return self.frozen(engine_id, now_s) and abs(removed_s - self._frozen[engine_id]) <= TOGETHER_S
 
     def next_change_s(self) -> float | None:
         """When the oldest belief ends; None while there is no panic."""
         return min(self._frozen.values()) + self._freeze_s if self._frozen else None
 
-    def _forget(self, now_s: float) -> None:
+    def calm_down(self, now_s: float) -> None:
+        """Forget beliefs that have ended."""
         keep_s = max(self._window_s, self._freeze_s)
         self._lost_at = {lost: at_s for lost, at_s in self._lost_at.items() if now_s - at_s <= keep_s}
         self._frozen = {lost: at_s for lost, at_s in self._frozen.items() if now_s - at_s < self._freeze_s}
-
-    def calm_down(self, now_s: float) -> None:
-        """Forget beliefs that have ended."""
-        self._forget(now_s)
