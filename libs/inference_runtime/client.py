@@ -22,7 +22,16 @@ import grpc
 from inference_runtime import wire
 from inference_runtime.coordination import EtcdClient, keys
 from inference_runtime.deployment import DeploymentSpec, parse_deployment
-from inference_runtime.errors import BadRequest, DeploymentNotFound, InferenceError, Internal, NetworkError, NotLeader, Timeout
+from inference_runtime.errors import (
+    BadRequest,
+    DeploymentNotFound,
+    InferenceError,
+    Internal,
+    NetworkError,
+    NotLeader,
+    StaleLeader,
+    Timeout,
+)
 from inference_runtime.generation import (
     ChatPrompt,
     FinishReason,
@@ -294,7 +303,7 @@ class InferenceClient:
                     if leader is not None:
                         try:
                             return await self._call(pick(stub_of(self._channel(leader.address))), request)
-                        except (NotLeader, NetworkError) as err:
+                        except (NotLeader, StaleLeader, NetworkError) as err:
                             last = err
                     await asyncio.sleep(LEADER_RETRY_S)
         except TimeoutError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -49,11 +50,32 @@ def etcd_client(settings: EtcdSettings, metrics: MetricSet, mark: StoreMark | No
     )
 
 
-def stop_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set. Call it on the running loop, once."""
+def stop_signal(*, interrupt: bool = True) -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets. Call it on the running loop, once.
+
+    The second one ends the process at once, with status 128 + its number: nothing is waited for and nobody is told. Its children
+    end with it, since each of them watches its parent; its leases run out.
+
+    Args:
+        interrupt: Hear SIGINT too. False ignores it: for a process whose parent hears the same Ctrl-C and decides.
+    """
     stop = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    heard: list[int] = []
+
+    def hear(signum: int) -> None:
+        if heard:
+            log.warning("stopped at once by a second signal", signal=signal.Signals(signum).name)
+            sys.stderr.flush()
+            os._exit(128 + signum)
+        heard.append(signum)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, hear, signal.SIGTERM)
+    if interrupt:
+        loop.add_signal_handler(signal.SIGINT, hear, signal.SIGINT)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return stop
 
 
@@ -115,7 +137,8 @@ async def serve_singleton(
         name: Full name of the gRPC service.
         grace_s: Time that running calls get to end, seconds.
 
-    The stop has an order: not serving, resign (the next leader begins, and callers can be told who it is), let calls end.
+    The stop has an order: not serving, resign (the next leader begins, and callers can be told who it is), let calls end. What a
+    call wanted to write after that is refused, and its caller asks the next leader.
     """
     stop = stop_signal()
     async with etcd_client(settings.etcd, telemetry.metrics) as etcd:
@@ -132,6 +155,7 @@ async def serve_singleton(
                 await server.set_serving(True)  # leading or not: a follower answers with the leader's address
                 log.info("serving", address=address)
                 await stop.wait()
+                log.info("stopping", role=role)
             finally:
                 await server.set_serving(False)
                 campaign.cancel()

@@ -192,17 +192,20 @@ def _check_path(cls: type[ServiceSettings], name: str, path: Sequence[str]) -> N
         model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def load_settings(cls: type[S], argv: Sequence[str] | None = None) -> S:
+def load_settings(cls: type[S], argv: Sequence[str] | None = None, flags: argparse.ArgumentParser | None = None) -> S:
     """The settings of one process.
 
     Args:
         cls: The service's settings class.
         argv: Command line after the program's name: `--config FILE`.
+        flags: Flags that the program takes besides, made without help: they are shown by `--help`, and parsed by the program.
 
     Raises:
         SettingsError: A file is missing or not TOML, a key is unknown, or a value is wrong.
     """
-    parser = argparse.ArgumentParser(prog=f"inference-{cls.service.replace('_', '-')}", description=cls.__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"inference-{cls.service.replace('_', '-')}", description=cls.__doc__, parents=[flags] if flags is not None else []
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     path = parser.parse_args(argv).config
     prefix = f"INFERENCE_{cls.service.upper()}__"

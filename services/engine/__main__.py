@@ -18,8 +18,10 @@ from services.engine.settings import EngineSettings
 
 log = get_logger(__name__)
 
-#: Time that calls get to end once all requests have ended, seconds.
-GRACE_S = 1.0
+#: Time that etcd gets to take the news that the engine drains, seconds. It may be away; sessions are told directly.
+ANNOUNCE_S = 1.0
+#: Time that gateways get to read the last frames, and calls to end, once all requests have ended, seconds.
+FLUSH_S, GRACE_S = 2.0, 1.0
 
 
 async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
@@ -43,11 +45,14 @@ async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
             await server.set_serving(True)
             log.info("serving", address=engine.address, engine=engine.id)
             await stop.wait()
-            log.info("draining", timeout_s=settings.drain_timeout_s)
+            log.info("draining", timeout_s=settings.drain_timeout_s, notice_s=settings.drain_notice_s)
             await server.set_serving(False)
             node.set_state(common_pb2.ENGINE_STATE_DRAINING)
+            replicas.start_draining()
             service.notify_draining()
+            await node.settled(ANNOUNCE_S)  # before anything of it goes: nobody shall take this for a death
             await replicas.drain()
+            await service.end_sessions(FLUSH_S)
             await server.stop(GRACE_S)
             for task in tasks:
                 task.cancel()

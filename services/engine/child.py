@@ -158,6 +158,10 @@ def _flush() -> None:
         stream.flush()
 
 
+def _ignore(number: int, frame: object) -> None:
+    """A handler and not SIG_IGN, which programs that the runner starts would inherit."""
+
+
 def main() -> None:
     """Arguments: descriptor of the socket, process id of the engine."""
     descriptor, parent_pid = int(sys.argv[1]), int(sys.argv[2])
@@ -165,7 +169,8 @@ def main() -> None:
     die_with_parent(parent_pid)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the engine asks for the stacks before it kills a hung child
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends its children in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the engine, which lets its requests end and then ends its children
+        signal.signal(number, _ignore)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     sock = socket.socket(fileno=descriptor)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

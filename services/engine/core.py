@@ -132,8 +132,7 @@ class EngineCore:
         self._running: set[Stream] = set()  # of those, the ones with the worker
         self._admission = Admission(self._name, revision)
         self._aborting: dict[int, float] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._admits = True
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -188,22 +187,21 @@ class EngineCore:
             stream.fail(NoReplica(f"replica {self.replica_id} of deployment {self.spec.name!r} failed: {reason}"))
 
     def start_draining(self) -> None:
-        """Take nothing new; what runs and waits goes on."""
+        """Say that it will close. What runs and waits goes on, and who has not heard of it is still served."""
         if self.state is not CoreState.FAILED:
             self._set_state(CoreState.DRAINING, "")
 
-    async def drained(self, timeout_s: float) -> bool:
-        """Wait until nothing runs or waits. After `timeout_s` the rest fails with Draining, and the answer is False."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            left = list(self._streams.values())
-            log.warning("drain timed out", replica=self.replica_id, streams=len(left), timeout_s=timeout_s)
-            for stream in left:
-                stream.fail(Draining(f"replica {self.replica_id} shut down before the answer was complete; continue elsewhere"))
-            return False
-        return True
+    def stop_admission(self) -> None:
+        """Take nothing new; what runs and waits goes on."""
+        self._admits = False
+
+    def hand_over(self) -> None:
+        """Have somebody else go on with what still runs and waits. Whoever asked is told, after the tokens that are ready."""
+        left = list(self._streams.values())
+        if left:
+            log.info("requests handed over", replica=self.replica_id, deployment=self.spec.name, streams=len(left))
+        for stream in left:
+            stream.fail(Draining(f"replica {self.replica_id} closed before the answer was complete; continue elsewhere"))
 
     def reconfigure(self, spec: DeploymentSpec) -> None:
         """Take over bounds and timeouts of a newer generation of the same revision. Model and runtime stay."""
@@ -305,7 +303,6 @@ class EngineCore:
             self._check_room(submission, *prepared, left_s=min(total_s, self.spec.timeouts.first_chunk_s))
         stream = Stream(self, next(self._numbers), submission, outlet, self.stall_s)
         self._streams[stream.number] = stream
-        self._idle.clear()
         stream.start_clocks(self.spec.timeouts.first_chunk_s, total_s)
         if prepared is None:
             self._tokenise(stream, info)
@@ -316,7 +313,7 @@ class EngineCore:
     def _check(self, submission: Submission) -> RunnerInfo:
         request, info = submission.request, self.info
         name = self._name
-        if self.state is CoreState.DRAINING:
+        if not self._admits:
             raise Draining(f"{name} is draining; send the request to another replica")
         if self.state is CoreState.FAILED:
             raise NoReplica(f"{name} failed: {self.reason}")
@@ -454,8 +451,6 @@ class EngineCore:
         self._health.ended(err, time.monotonic())
         self._metrics.record(stream, err, self.spec.name, self.replica_id)
         self._pump()
-        if not self._streams:
-            self._idle.set()
 
     # --- WorkerListener ----------------------------------------------------------------------------------------------
 

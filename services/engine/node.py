@@ -146,6 +146,11 @@ class Node:
             else:
                 await self._records.set(key, value)
 
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until etcd holds what was noted so far; False when it does not after `timeout_s`."""
+        await self.flush()
+        return await self._records.flush(timeout_s)
+
     # --- assignments -------------------------------------------------------------------------------------------------
 
     async def follow_assignments(self, replicas: Replicas) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from inference_runtime.deployment import infer_runtime
 from inference_runtime.errors import Draining, InferenceError, NoReplica
+from inference_runtime.rpc import Drain, Stage
 from inference_runtime.runner import Isolation, load_runtime
 from inference_runtime.settings import environment
 from inference_runtime.supervision import DEFAULT_POLICY, RestartPolicy
@@ -54,7 +55,7 @@ class Replicas:
 
     Args:
         engine: This engine's record. Its address is set before the first assignment.
-        settings: Drain time-out and tokeniser threads.
+        settings: How to drain, and tokeniser threads.
         telemetry: Where metrics go.
         publish: Called with a replica whenever its record changed.
         withdraw: Called with deployment and id once a replica is gone.
@@ -76,8 +77,10 @@ class Replicas:
         trials_s: float = TRIALS_S,
     ) -> None:
         self.engine = engine
-        self.draining = False
-        self._drain_timeout_s = settings.drain_timeout_s
+        #: Gateways that may still send requests here because they have not heard that something drains.
+        self.callers: Callable[[], int] = lambda: 1
+        self._settings = settings
+        self._drain = self._new_drain()
         self._publish, self._withdraw = publish, withdraw
         self._policy, self._hang_s, self._trials_s, self._spawner = policy, hang_s, trials_s, Spawner()
         self._ready_s = settings.ready_s
@@ -125,13 +128,43 @@ class Replicas:
         """What is hosted, by replica."""
         return {replica_id: hosted.assignment for replica_id, hosted in self._hosted.items()}
 
-    async def drain(self) -> None:
-        """Take nothing new, and wait until what runs has ended, within the drain time-out."""
-        self.draining = True
-        cores = [h.core for h in self._hosted.values() if h.core is not None]
-        for core in cores:
+    @property
+    def draining(self) -> bool:
+        """It closes, or has closed. Who has not heard of it is still served for a while."""
+        return self._drain.stage is not Stage.OPEN
+
+    def start_draining(self) -> None:
+        """Say that it will close, in the record of each replica. `drain` does the rest."""
+        self._drain.begin(asyncio.get_running_loop().time())
+        for core in self._cores():
             core.start_draining()
-        await asyncio.gather(*(core.drained(self._drain_timeout_s) for core in cores))
+
+    async def drain(self) -> None:
+        """Let what runs end, and hand over what has not within the drain time-out.
+
+        Requests are taken for as long as the notice lasts; then they are refused, and their gateways send them elsewhere.
+        """
+        self.start_draining()
+        await self._close(self._drain, self._cores())
+
+    def _new_drain(self) -> Drain:
+        return Drain(self._settings.drain_timeout_s, self._settings.drain_notice_s)
+
+    def _cores(self) -> list[EngineCore]:
+        return [hosted.core for hosted in self._hosted.values() if hosted.core is not None]
+
+    async def _close(self, drain: Drain, cores: Sequence[EngineCore]) -> None:
+        """Drain these."""
+
+        def running() -> int:
+            return sum(core.running + core.queued for core in cores)
+
+        await drain.until(Stage.CLOSED, running, self.callers)
+        for core in cores:
+            core.stop_admission()
+        await drain.until(Stage.OVER, running, self.callers)
+        for core in cores:
+            core.hand_over()
 
     def _start(self, assignment: common_pb2.Assignment) -> None:
         hosted = self._hosted[assignment.replica_id] = _Hosted(assignment)
@@ -181,7 +214,7 @@ class Replicas:
     async def _end(self, hosted: _Hosted, then: common_pb2.Assignment | None) -> None:
         before = hosted.assignment
         if hosted.core is not None:
-            await hosted.core.drained(self._drain_timeout_s)
+            await self._close(self._new_drain(), [hosted.core])
         if hosted.task is not None:
             hosted.task.cancel()
             await asyncio.wait([hosted.task])
@@ -208,7 +241,7 @@ class Replicas:
         Raises:
             InferenceError: A typed refusal: see EngineCore.submit.
         """
-        if self.draining:
+        if not self._drain.admits:
             raise Draining("the engine is shutting down; send the request to another one")
         return self._find(proto).submit(submission_from_proto(proto), outlet)
 

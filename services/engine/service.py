@@ -28,6 +28,8 @@ log = get_logger(__name__)
 #: Tokens that the reader of an Execute call may be behind what was written for it. Beyond them the stream keeps what comes, and
 #: is cut off when that is too much or takes too long.
 EXECUTE_CREDITS = 256
+#: Seconds between two looks whether sessions have ended.
+END_CHECK_S = 0.01
 
 
 class _Pipe:
@@ -75,6 +77,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         #: Open sessions.
         self.sessions: set[Session] = set()
         self._gauge = sessions
+        replicas.callers = lambda: len(self.sessions)
 
     async def Execute(
         self, request: engine_service_pb2.ExecuteRequest, context: Context
@@ -154,3 +157,14 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         """Tell every session that the engine drains."""
         for session in self.sessions:
             session.notify_draining()
+
+    async def end_sessions(self, timeout_s: float) -> None:
+        """End every session once what waits for its gateway is written; give up on those that do not read it in time."""
+        for session in self.sessions:
+            session.finish()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.sessions:  # noqa: ASYNC110 - the sessions belong to grpc's tasks
+                    await asyncio.sleep(END_CHECK_S)
+        except TimeoutError:
+            log.warning("sessions cut off: their gateways do not read", sessions=len(self.sessions))

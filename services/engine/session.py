@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from inference_runtime.errors import Backpressure, BadRequest, InferenceError
+from inference_runtime.errors import Backpressure, BadRequest, Draining, InferenceError
 from inference_runtime.generation import TokenChunk
 from inference_runtime.rpc import status_from_error
 from inference_runtime.telemetry import get_logger
@@ -40,7 +40,11 @@ class SessionHost(Protocol):
     """The engine behind a session."""
 
     engine: common_pb2.Engine
-    draining: bool
+
+    @property
+    def draining(self) -> bool:
+        """It closes: its peers are to submit nothing more."""
+        ...
 
     def submit(self, proto: engine_service_pb2.Submission, outlet: Outlet) -> Stream:
         """Admit a generation or raise a typed refusal."""
@@ -120,7 +124,7 @@ class Session:
         self._columns = _Columns()
         self._wake = asyncio.Event()
         self._overrun = asyncio.Event()
-        self._welcomed = False
+        self._welcomed = self._finishing = False
         self._tell_admitted: asyncio.TimerHandle | None = None
         self.gateway_id = ""
 
@@ -143,6 +147,7 @@ class Session:
         Raises:
             BadRequest: The first message has no hello.
             Backpressure: The peer did not read for too long.
+            Draining: `finish` was called, and everything that waited is written.
             RequestCancelled: The peer is gone.
 
         On cancel, and at any other end: everything submitted is cancelled.
@@ -151,9 +156,10 @@ class Session:
             async with asyncio.TaskGroup() as group:
                 writer = group.create_task(self._write(write))
                 watchdog = group.create_task(self._watch_overrun())
-                await self._read(read)
-                writer.cancel()
-                watchdog.cancel()
+                reader = group.create_task(self._read(read))
+                await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+                for task in (reader, writer, watchdog):
+                    task.cancel()
         except BaseExceptionGroup as group_of_errors:
             known = group_of_errors.subgroup(InferenceError)
             if known is None:
@@ -174,6 +180,12 @@ class Session:
         if not self._welcomed:
             return
         self._first.append(engine_service_pb2.SessionResponse(draining=True))
+        self._wake.set()
+
+    def finish(self) -> None:
+        """End it once everything that waits is written. What the peer has sent and nobody has read is not run: the end of the
+        stream says that the engine drains, and the peer asks elsewhere."""
+        self._finishing = True
         self._wake.set()
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -301,6 +313,8 @@ class Session:
             if self._columns.stream_ids or self._columns.admitted_ids:
                 columns, self._columns = self._columns, _Columns()
                 await write(columns.frame())
+            if self._finishing and not (self._first or self.waiting):
+                raise Draining("the engine shut down in order; continue elsewhere")
 
     async def _watch_overrun(self) -> None:
         await self._overrun.wait()

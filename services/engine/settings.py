@@ -25,7 +25,12 @@ class EngineSettings(ServiceSettings):
 
     engine_id: str = Field(default="", pattern=r"^[A-Za-z0-9._-]{0,128}$", description="id in the cluster; empty makes one up")
     node: NodeSettings = NodeSettings()
-    drain_timeout_s: float = Field(default=30.0, ge=0, description="seconds that running requests get to end at shutdown")
+    drain_timeout_s: float = Field(
+        default=120.0, ge=0, description="seconds that requests get to end on SIGTERM, before others go on with them"
+    )
+    drain_notice_s: float = Field(
+        default=2.0, ge=0, description="seconds of these in which gateways that have not heard of it are still served"
+    )
     load_interval_s: float = Field(default=0.25, gt=0, description="seconds between two load reports while load changes")
     load_refresh_s: float = Field(default=2.0, gt=0, description="seconds between two load reports while it does not")
     tokenise_threads: int = Field(default=2, ge=1, le=64, description="threads that tokenise long prompts")

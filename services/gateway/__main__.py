@@ -25,7 +25,7 @@ log = get_logger(__name__)
 
 async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
     """Run one worker until SIGTERM, SIGINT or the end of its parent."""
-    stop = stop_signal()
+    stop = stop_signal(interrupt=settings.parent_fd < 0)
     sock = listen(settings.http.host, settings.http.port, shared=settings.parent_fd >= 0)
     store = TableStore(Path(settings.state_dir).expanduser(), settings.etcd.endpoints) if settings.state_dir else None
     stored = await asyncio.to_thread(store.load) if store is not None else None
@@ -56,10 +56,10 @@ async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
 def main() -> None:
     """The console script. A known failure is one sentence on stderr and an exit status above 0."""
     flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--workers", type=int, help="processes that share the HTTP port")
+    flags.add_argument("--workers", type=int, metavar="N", help="processes that share the HTTP port")
     given, argv = flags.parse_known_args()
     with speak("inference-gateway"):
-        settings = load_settings(GatewaySettings, argv)
+        settings = load_settings(GatewaySettings, argv, flags)
         settings = settings.model_copy(update={"workers": given.workers or settings.workers})
         check_exposure(settings)
         if settings.workers > 1 and settings.parent_fd < 0:

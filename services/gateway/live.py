@@ -60,7 +60,8 @@ class LiveRequests:
         self._more_choices = 0
         #: Those that have no replica at present.
         self.waiting: set[Request] = set()
-        self.draining = False
+        #: This gateway is about to end: `draining` once it says so, `closed` once nothing can be taken any more.
+        self.draining = self.closed = False
         self._rule = BudgetRule(
             limits.budget_window_s, limits.retry_share, limits.retry_floor, limits.moves_per_request, limits.move_floor
         )
@@ -145,7 +146,7 @@ class LiveRequests:
 
     def _admit(self, choices: int, submission: engine_service_pb2.Submission, traceparent: str) -> str:
         """Refuse what is too much. Returns the client's trace context, and gives the engine's spans ours to hang below."""
-        if self.draining:
+        if self.closed:
             raise Draining("this gateway is shutting down; ask another one", retry_after_s=1)
         if len(self.requests) + self._more_choices + choices > self.limits.max_requests:
             raise Backpressure("this gateway has as many requests as it may; try again in a moment", retry_after_s=1)

@@ -32,7 +32,7 @@ START_TIMEOUT_S = 30.0
 #: A worker that dies earlier than this after its start is replaced only after this long, so that a fault does not spin.
 SHORT_LIFE_S = 1.0
 #: What workers get on top of the drain before they are killed, seconds.
-GRACE_S = 5.0
+GRACE_S = 10.0
 
 
 async def parent_gone(parent_fd: int, stop: asyncio.Event) -> None:
@@ -57,7 +57,13 @@ class _Parent:
         self._port = self._sock.getsockname()[1]
         self._pipe, self._hold = os.pipe()
         self._workers: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
-        self.stopping = False
+        #: The signals that were heard: the first one stops in order, the second one at once.
+        self.signals: list[int] = []
+
+    @property
+    def stopping(self) -> bool:
+        """Somebody asked for the end."""
+        return bool(self.signals)
 
     def _start(self, number: int) -> None:
         ready = self._folder / f"{number}.json"
@@ -108,28 +114,33 @@ class _Parent:
             time.sleep(CHECK_S)
             for number, (process, started) in list(self._workers.items()):
                 if process.poll() is not None and time.monotonic() - started > SHORT_LIFE_S and not self.stopping:
-                    log.error("gateway worker died", worker=number, status=process.returncode)
+                    say = log.error if process.returncode else log.info  # one that was told to go drains, and ends with 0
+                    say("gateway worker ended and is replaced", worker=number, status=process.returncode)
                     self._start(number)
 
     def stop(self) -> None:
-        """End every worker in order, then by force."""
+        """End every worker in order, then by force; at once after a second signal.
+
+        The pipe tells them and no signal does: whoever stops a whole group of processes has signalled them already, and their
+        second signal would mean "now".
+        """
         os.close(self._hold)
         os.close(self._pipe)
         self._sock.close()
-        for process, _ in self._workers.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        for number, (process, _) in self._workers.items():
+            if self._addresses(number) is None:  # it never served, and need not begin
+                process.terminate()
+        workers = [process for process, _ in self._workers.values()]
         until = time.monotonic() + self._settings.drain_timeout_s + GRACE_S
-        for process, _ in self._workers.values():
-            try:
-                process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        while any(w.poll() is None for w in workers) and time.monotonic() < until and len(self.signals) < 2:
+            time.sleep(CHECK_S)
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def run_workers(settings: GatewaySettings, argv: Sequence[str]) -> None:
-    """Run `settings.workers` processes until SIGTERM or SIGINT.
+    """Run `settings.workers` processes until SIGTERM or SIGINT. A second signal kills them and exits with 128 + its number.
 
     Raises:
         ServerError: The port is taken, or a worker does not start.
@@ -139,7 +150,7 @@ def run_workers(settings: GatewaySettings, argv: Sequence[str]) -> None:
         parent = _Parent(settings, argv, Path(folder))
 
         def stop(signum: int, frame: object) -> None:
-            parent.stopping = True
+            parent.signals.append(signum)
 
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, stop)
@@ -149,3 +160,5 @@ def run_workers(settings: GatewaySettings, argv: Sequence[str]) -> None:
         finally:
             parent.stop()
             telemetry.close()
+    if len(parent.signals) > 1:
+        sys.exit(128 + parent.signals[-1])

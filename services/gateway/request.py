@@ -64,6 +64,9 @@ NEXT_CHUNK = "next_chunk"
 #: Code of an error that is not tried again because its deployment has tried too much, and when the client may, seconds.
 EXHAUSTED = "retry_budget_exhausted"
 EXHAUSTED_RETRY_S = 1.0
+#: Hand-overs of one request by engines that close in order. They are free, since nothing failed: an upgrade of many engines must
+#: not use up what is meant for deaths. A bound all the same, for an engine that says so without end.
+MAX_HAND_OVERS = 16
 
 
 #: Errors by which a replica that is well sends a request away.
@@ -120,7 +123,7 @@ class Request:
     #: Tokens that another gateway has a copy of; -1: it is not copied.
     copied = -1
     follower: Follower | None = None
-    _retries = _resumptions = 0
+    _retries = _resumptions = _hand_overs = 0
     _error: InferenceError | None = None
     _wait_until = _again_at = 0.0
 
@@ -389,11 +392,12 @@ class Request:
             return
         self._revision = target.revision if self.journal.tokens else ""
         self.journal.begin_epoch()
-        if self._tried is None:
+        now = time.monotonic()
+        if self._tried is None or now >= self._again_at:  # those that were left long ago are as good as any
             self._tried = set()
         self._tried.add(target.replica_id)
-        attempts = self._retries + self._resumptions
-        self._again_at = time.monotonic() + max(error.retry_after_s or 0.0, SAME_AGAIN_S * 2 ** (attempts - 1))
+        failures = self._retries + self._resumptions
+        self._again_at = now + max(error.retry_after_s or 0.0, SAME_AGAIN_S * 2 ** max(0, failures - 1))
         log.info(
             "request goes on elsewhere",
             request_id=self.request_id, replica=target.replica_id, reason=error.reason, after_tokens=self.progress,
@@ -416,6 +420,8 @@ class Request:
 
     def _may_go_on(self, error: InferenceError, target: Target) -> bool:
         """Whether another attempt is allowed and can continue what was shown. Counts it."""
+        if isinstance(error, Draining):
+            return self._may_be_handed_over(target)
         if error.retry is not Retry.ELSEWHERE or not self._has_attempts(target):
             return False
         if self._shown:
@@ -426,6 +432,19 @@ class Request:
             return False
         if self.journal.tokens and not target.capabilities.resume:
             self._forget()
+        return True
+
+    def _may_be_handed_over(self, target: Target) -> bool:
+        """Whether the request may leave an engine that closes in order. Counts it, and spends nothing."""
+        late = time.monotonic() > self.deadline - LEAST_TIME_S
+        if late or not self._idempotent or self._hand_overs >= MAX_HAND_OVERS:
+            return False
+        self._hand_overs += 1
+        if self.journal.tokens and not target.capabilities.resume:
+            if self._shown:
+                return False
+            self._forget()
+        self._live.retries.inc(self.model, "hand_over")
         return True
 
     def _within_budget(self, error: InferenceError) -> bool:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import grpc
 
-from inference_runtime.errors import EngineLost, InferenceError, Internal
+from inference_runtime.errors import Draining, EngineLost, InferenceError, Internal
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import engine_service_pb2
@@ -150,6 +150,8 @@ class Session:
                 try:
                     await self._live()
                     error = EngineLost(f"engine {self.engine_id} closed its stream")
+                except Draining as err:
+                    error = err  # in order: it was told before, and whatever is still here costs nobody anything
                 except InferenceError as err:
                     error = EngineLost(f"engine {self.engine_id} at {self.address} cannot be reached: {err.message}")
                 pause_s = FIRST_PAUSE_S if self._end(error) else min(pause_s * 2, LONGEST_PAUSE_S)
@@ -186,7 +188,7 @@ class Session:
         if not isinstance(first, SessionResponse) or not first.HasField("welcome"):
             raise EngineLost("its first message was no welcome")
         self._answers_pings = first.welcome.answers_pings
-        self._begin()
+        self._begin(takes=not first.draining)
         writer = tasks.create_task(self._write(call))
         while isinstance(message := await call.read(), SessionResponse):
             self._ear.heard = True
@@ -214,8 +216,8 @@ class Session:
             for message in messages(submissions):
                 await call.write(message)
 
-    def _begin(self) -> None:
-        self.up = self._connected = True
+    def _begin(self, *, takes: bool) -> None:
+        self.up, self._connected = takes, True
         self._open.inc()
         log.info("session open", engine=self.engine_id, address=self.address)
         self._on_up()
@@ -227,7 +229,8 @@ class Session:
         self._ping_due = False
         if was_open:
             self._open.inc(by=-1)
-            log.warning("session lost", engine=self.engine_id, requests=len(self._streams), why=error.message)
+            say = log.info if isinstance(error, Draining) else log.warning
+            say("session lost", engine=self.engine_id, requests=len(self._streams), why=error.message)
         streams, self._streams = self._streams, {}
         self._submissions.clear()
         self._cancellations.clear()

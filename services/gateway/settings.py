@@ -73,7 +73,10 @@ class GatewaySettings(ServiceSettings):
     workers: int = Field(default=1, ge=1, le=256, description="processes that share the HTTP port")
     api_keys: SecretList = Field(default=[], description="keys clients may use; empty means open, on this machine only")
     insecure_allow_remote: bool = Field(default=False, description="allow other machines in without api_keys")
-    drain_timeout_s: float = Field(default=30.0, ge=0, description="seconds that running requests get to end on SIGTERM")
+    drain_timeout_s: float = Field(default=120.0, ge=0, description="seconds that running requests get to end on SIGTERM")
+    drain_notice_s: float = Field(
+        default=2.0, ge=0, description="seconds of these in which /readyz says 503 and new requests are still taken"
+    )
     state_dir: str = Field(
         default="", description="directory of this gateway alone, where its routes outlive a restart; empty keeps none"
     )

@@ -35,6 +35,8 @@ BATCH_AGE_S = 1.0
 #: Records that wait while the metrics service is away; some 40 MB at most.
 MAX_WAITING = 65_536
 SEND_TIMEOUT_S = 5.0
+#: Pause between two tries to send what is left at the end, seconds.
+FLUSH_RETRY_S = 0.1
 
 
 class UsageReporter(Generic[L]):
@@ -80,11 +82,15 @@ class UsageReporter(Generic[L]):
             await self._forget_leader()
 
     async def flush(self, timeout_s: float) -> None:
-        """Send what waits, for at most `timeout_s` seconds; count what stays as lost. Call it once nothing is added any more."""
+        """Send what waits, for at most `timeout_s` seconds; count what stays as lost. Call it once nothing is added any more.
+
+        While nobody leads it tries again: a metrics service that leaves is replaced within a second.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                while self._waiting and await self._send_batch():
-                    pass
+                while self._waiting:
+                    if not await self._send_batch():
+                        await asyncio.sleep(FLUSH_RETRY_S)
         except TimeoutError:
             pass
         finally:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Generic
 
 from inference_runtime.coordination import EtcdClient
-from inference_runtime.rpc import RpcServer
+from inference_runtime.errors import Draining
+from inference_runtime.rpc import Drain, RpcServer, Stage
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1.gateway_peer_service_pb2_grpc import add_GatewayPeerServiceServicer_to_server
 from inference_runtime.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
@@ -39,9 +40,10 @@ log = get_logger(__name__)
 #: Objects made between two collections of the youngest generation. Requests and frames hold no cycles: a collection finds
 #: nothing, so it runs seldom.
 GC_THRESHOLDS = (50_000, 20, 50)
-#: How often sessions to engines that left the table are looked at, and how a drain looks for its end, seconds.
+#: How often sessions to engines that left the table are looked at, seconds.
 HOUSEKEEPING_S = 1.0
-DRAIN_CHECK_S = 0.02
+#: Time that clients get to read the end of what is cut off, and the ledger to take what waits for it, seconds.
+LAST_WORDS_S = 0.5
 FLUSH_S = 2.0
 
 
@@ -140,19 +142,34 @@ class GatewayWorker(Generic[L]):
                 self._watch.show_age()
 
     async def drain(self) -> None:
-        """Take nothing new, let what runs end, for as long as the settings allow. `run` must still be running."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._settings.drain_timeout_s
+        """Give notice, take nothing new, let what runs end, for as long as the settings allow. `run` must still be running.
+
+        While the notice lasts `/readyz` and health say that this gateway goes, answers close their connections, and everybody is
+        served: a load balancer needs a moment to look elsewhere. What has not ended when the time is up ends with Draining.
+        """
+        drain = Drain(self._settings.drain_timeout_s, self._settings.drain_notice_s)
         await self.rpc.set_serving(False)
         self.live.draining = True
-        await self.http.drain()
+        self.http.announce()
         log.info("draining", requests=len(self.live.requests))
-        while loop.time() < until:
-            if not self.live.requests and not any(c.unsent for c in self.http.connections):
-                return
-            await asyncio.sleep(DRAIN_CHECK_S)
-        if self.live.requests:  # bounded: what is not over by now is cancelled
-            log.warning("requests cut off: the drain took too long", requests=len(self.live.requests))
+        await drain.until(Stage.CLOSED, self._unsent, callers=lambda: 1)
+        await self.http.drain()
+        async with asyncio.TaskGroup() as tasks:
+            left_s = drain.left_s(asyncio.get_running_loop().time())
+            ending = tasks.create_task(self.rpc.stop(left_s + LAST_WORDS_S))  # clients go elsewhere, their calls go on
+            left = await drain.until(Stage.OVER, self._unsent, callers=lambda: 0)
+            self.live.closed = True
+            if left:
+                log.warning("requests cut off: the drain took too long", requests=len(self.live.requests))
+                for request in tuple(self.live.requests):
+                    request.abandon(Draining("this gateway shut down before the answer was complete; ask another one"))
+                await Drain(LAST_WORDS_S, 0).until(Stage.OVER, self._unsent, callers=lambda: 0)
+            await self.rpc.stop(0)
+            await ending
+
+    def _unsent(self) -> int:
+        """Requests that run, and connections with something that their client has not read, or with a client about to ask."""
+        return len(self.live.requests) + sum(c.unsent or c.fresh for c in self.http.connections)
 
     async def stop(self) -> None:
         """Close both doors and settle. The last thing, after `run` has ended."""

@@ -13,7 +13,7 @@ from typing import IO
 
 from inference_runtime.errors import BadRequest, ServerError
 
-__all__ = ["Located", "default_state_dir", "locate", "lock_state_dir", "write_atomically"]
+__all__ = ["Located", "default_state_dir", "locate", "lock_state_dir", "make_private", "write_atomically"]
 
 RUNTIME_FILE = "runtime.json"
 LOCAL_DIR = Path(".inference")
@@ -84,6 +84,12 @@ def write_atomically(path: Path, document: Mapping[str, object]) -> None:
         raise
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user can look into, or turn one into that. Logs and usage are nobody else's business."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def lock_state_dir(state_dir: Path) -> IO[str]:
     """Claim a state directory for this process, until the returned file is closed.
 
@@ -91,7 +97,7 @@ def lock_state_dir(state_dir: Path) -> IO[str]:
         ServerError: It cannot be made, or another `inferctl up` has it.
     """
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (state_dir / "lock").open("a+", encoding="utf-8")
     except OSError as err:
         raise ServerError(f"state directory {state_dir} cannot be used: {err.strerror}; choose another --state-dir") from err

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from inference_runtime.cli.cluster_file import make_private
 from inference_runtime.cli.embedded_etcd import etcd_argv, find_etcd
 from inference_runtime.cli.processes import Port, Process, ProcessSpec, stop_all
 from inference_runtime.coordination import EtcdClient, keys
@@ -38,12 +39,11 @@ WHAT = {
 }
 #: States of a process that does its work.
 WORKING = frozenset({"serving", "leading", "standby", "waiting"})
-#: Seconds that running requests get when everything stops; a second Ctrl-C cuts it short.
-DRAIN_S = 5.0
-#: Settings that suit one machine, by service.
+#: Settings that suit one machine, by service. Who presses Ctrl-C waits: running answers get a second, and no load balancer needs
+#: notice. An engine that is stopped alone lets its answers run on for a while before others go on with them.
 DEFAULTS = {
-    "engine": {"INFERENCE_ENGINE__DRAIN_TIMEOUT_S": str(DRAIN_S)},
-    "gateway": {"INFERENCE_GATEWAY__DRAIN_TIMEOUT_S": str(DRAIN_S)},
+    "engine": {"INFERENCE_ENGINE__DRAIN_TIMEOUT_S": "5", "INFERENCE_ENGINE__DRAIN_NOTICE_S": "0.5"},
+    "gateway": {"INFERENCE_GATEWAY__DRAIN_TIMEOUT_S": "1", "INFERENCE_GATEWAY__DRAIN_NOTICE_S": "0"},
 }
 #: Seconds from SIGTERM to SIGKILL: the drain, and what comes after it.
 STOP_GRACE_S = 8.0
@@ -83,7 +83,7 @@ class LocalCluster:
     """The processes of one cluster on this machine.
 
     Args:
-        state_dir: Holds `etcd/` (data) and `logs/`. Made when missing.
+        state_dir: Holds `etcd/` (data), `metrics/` (usage) and `logs/`, which only this user can read. Made when missing.
         host: Address that gateways' HTTP doors bind; everything else stays on 127.0.0.1.
         http_port: Port of the first gateway; 0 picks a free one.
         counts: How many of each.
@@ -109,8 +109,9 @@ class LocalCluster:
     ) -> None:
         counts = counts or Counts()
         self.state_dir = state_dir.absolute()
-        self.logs = self.state_dir / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.logs, self._usage = self.state_dir / "logs", self.state_dir / "metrics"
+        for folder in (self.logs, self._usage):
+            make_private(folder)
         self.processes: dict[str, Process] = {}
         self._extra = extra or {}
         # Tells this cluster's engines from those of others that share its etcd.
@@ -199,7 +200,7 @@ class LocalCluster:
         prefix = f"INFERENCE_{service.upper()}__"
         defaults = dict(DEFAULTS.get(service, {}))
         if service == "metrics":
-            defaults["INFERENCE_METRICS__STATE_DIR"] = str(self.state_dir / "metrics")  # candidates share it: the leader writes
+            defaults["INFERENCE_METRICS__STATE_DIR"] = str(self._usage)  # candidates share it: the leader writes
         if service == "gateway":
             defaults["INFERENCE_GATEWAY__STATE_DIR"] = str(self.state_dir / name)  # its routes outlive a restart
         # What a person exported wins over our defaults, and nothing over the wiring.

@@ -151,7 +151,7 @@ class Process:
         """
         if self.running:
             raise RuntimeError(f"{self.spec.name} runs already")
-        with self.spec.log.open("ab" if self.starts else "wb") as log:
+        with open(self.spec.log, "ab" if self.starts else "wb", opener=_private) as log:
             # The console of the launched program is its log; -I and -S keep the launcher's own start at a few milliseconds.
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *self.spec.argv],
@@ -198,6 +198,11 @@ class Process:
             how = f"was ended by {signal.Signals(-code).name}"
         words = self.explanation()
         return f"{self.spec.name} {how}{': ' + words if words else ''} (log: {self.spec.log})"
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file that only this user can read, if it is new."""
+    return os.open(path, flags, 0o600)
 
 
 def stop_all(processes: Iterable[Process], grace_s: float, hurry: list[bool] | None = None) -> None:

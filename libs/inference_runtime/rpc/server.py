@@ -157,7 +157,10 @@ class RpcServer:
             await self._health.set(name, state)
 
     async def stop(self, grace_s: float) -> None:
-        """Stop taking calls, let running ones end within `grace_s` seconds, then cancel them."""
+        """Stop taking calls, send clients elsewhere (GOAWAY), let running calls end within `grace_s` seconds, then cancel them.
+
+        May be called again while it waits: the shorter time counts.
+        """
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace_s)

@@ -38,6 +38,8 @@ __all__ = ["Cluster"]
 PATIENCE_S = 60.0
 #: Pause between two looks.
 POLL_S = 0.05
+#: A gateway that is stopped alone lets its answers end; `up` stops all, and does not wait for that.
+GATEWAY_DRAIN = {"INFERENCE_GATEWAY__DRAIN_TIMEOUT_S": "30", "INFERENCE_GATEWAY__DRAIN_NOTICE_S": "0.5"}
 #: Lines of each log that are shown after a failure.
 SHOWN_LINES = 40
 
@@ -79,6 +81,8 @@ class Cluster:
         for service in (*SINGLETONS, "engine", "gateway"):
             key = f"INFERENCE_{service.upper()}__ETCD__LEASE_TTL_S"
             extra.setdefault(service, {}).setdefault(key, str(lease_ttl_s))
+        for key, value in GATEWAY_DRAIN.items():
+            extra["gateway"].setdefault(key, value)
         self.folder = Path(tempfile.mkdtemp(prefix="inference-cluster-"))
         self._ready = ready
         self.store = EtcdCluster(size=etcd_members) if etcd_members > 1 else None

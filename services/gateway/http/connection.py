@@ -33,6 +33,8 @@ FULL_BYTES = 64 << 10
 TURN_REQUESTS = 64
 #: A connection that was refused mid-body is read (and ignored) this long, so that the client sees the answer and not a reset.
 LINGER_S = 2.0
+#: A client that has connected and not asked anything yet gets this long to ask once the server closes.
+FRESH_S = 1.0
 NEVER = float("inf")
 
 
@@ -55,7 +57,7 @@ class Connection(asyncio.Protocol):
         "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_full", "_gated", "_head_bytes",
         "_headers", "_held", "_in_head", "_lingering", "_parked", "_parser", "_paused", "_progress", "_pumping", "_queue",
         "_queued", "_refusal", "_server", "_settings", "_stalled_since", "_transport", "_url", "backlog", "busy", "deadline",
-        "on_disconnect", "timed_out_status",
+        "fresh", "on_disconnect", "timed_out_status",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer) -> None:
@@ -74,6 +76,8 @@ class Connection(asyncio.Protocol):
         self._stalled_since = NEVER
         self.backlog = False
         self.busy = False
+        #: It has not asked anything yet.
+        self.fresh = True
         #: Called once when the client leaves while its request is being answered.
         self.on_disconnect: Callable[[], None] | None = None
         self.deadline, self.timed_out_status = NEVER, 0
@@ -235,7 +239,7 @@ class Connection(asyncio.Protocol):
             self._pumping = False
 
     def _begin(self, request: HttpRequest) -> None:
-        self.busy = True
+        self.busy, self.fresh = True, False
         self.deadline = NEVER
         self._chunked_ok = request.chunked_ok
         if not request.keep_alive or self._server.draining:
@@ -396,7 +400,14 @@ class Connection(asyncio.Protocol):
                 self.abort() if self._lingering else self.close()
             else:
                 self._refuse(self.timed_out_status, "the request did not arrive in time")
-        elif self._server.draining and not self.busy and not self._queue and self._in_head and not self._head_bytes:
+
+    def leave(self, now: float) -> None:
+        """The server closes: go, unless something is asked here. Who has just connected gets a moment to ask."""
+        if self.busy or self._queue:
+            self._close_after = True
+        elif self.fresh:
+            self.deadline = min(self.deadline, now + FRESH_S)
+        elif self._in_head and not self._head_bytes:
             self.close()
 
     def _check_stall(self, now: float) -> None:

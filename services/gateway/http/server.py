@@ -67,11 +67,13 @@ class HttpServer:
     def __init__(self, app: App, settings: HttpSettings, sock: socket.socket) -> None:
         self.app, self.settings = app, settings
         self.connections: set[Connection] = set()
+        #: Each answer is the last of its connection.
         self.draining = False
         self.now = time.monotonic()
         self.date_line = b""
         self._sock = sock
         self._server: asyncio.Server | None = None
+        self._closing: asyncio.Server | None = None
         self._tick()
 
     @property
@@ -97,13 +99,37 @@ class HttpServer:
         self.now = time.monotonic()
         self.date_line = b"date: %b\r\n" % email.utils.formatdate(usegmt=True).encode()
 
-    async def drain(self) -> None:
-        """Accept nothing more; connections close after their present answer."""
+    def announce(self) -> None:
+        """From now on each answer is the last one of its connection, and says so."""
         self.draining = True
-        if self._server is not None:
-            self._server.close()
+
+    async def drain(self) -> None:
+        """Accept nothing more; idle connections close, others after their present answer.
+
+        Clients whom the kernel has connected already are served too: closing the socket on them would reset them.
+        """
+        self.draining = True
+        server, self._server = self._server, None
+        if server is None:
+            return
+        waiting = self._accept_all()
+        server.close()
+        for sock in waiting:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(self), sock)
+        self._closing = server
+        now = time.monotonic()
         for connection in tuple(self.connections):
-            connection.sweep(time.monotonic())
+            connection.leave(now)
+
+    def _accept_all(self) -> list[socket.socket]:
+        waiting: list[socket.socket] = []
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:  # there is none, or no descriptor for it
+                return waiting
+            sock.setblocking(False)
+            waiting.append(sock)
 
     async def close(self) -> None:
         """Close everything, now. Writes that a transport still holds get one more turn of the loop."""
@@ -113,5 +139,5 @@ class HttpServer:
         await asyncio.sleep(0)
         for connection in tuple(self.connections):
             connection.abort()
-        if self._server is not None:
-            await self._server.wait_closed()
+        if self._closing is not None:
+            await self._closing.wait_closed()

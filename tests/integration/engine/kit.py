@@ -90,6 +90,8 @@ class EngineUnderTest:
         hang_s: float = 30.0,
         trials_s: float = TRIALS_S,
         ready_s: float = READY_S,
+        drain_timeout_s: float = 5.0,
+        drain_notice_s: float = 0.0,
     ) -> None:
         self.telemetry = Telemetry("engine", TelemetrySettings())
         self.published: list[common_pb2.Replica] = []
@@ -98,7 +100,7 @@ class EngineUnderTest:
         self.on_withdraw: Callable[[str, str], None] | None = None
         self.replicas = Replicas(
             common_pb2.Engine(id="engine-1", boot_id="boot-1"),
-            EngineSettings(drain_timeout_s=5.0, ready_s=ready_s),
+            EngineSettings(drain_timeout_s=drain_timeout_s, drain_notice_s=drain_notice_s, ready_s=ready_s),
             self.telemetry,
             publish=self._published,
             withdraw=self._withdrawn,
@@ -145,9 +147,11 @@ async def running_engine(
     hang_s: float = 30.0,
     trials_s: float = TRIALS_S,
     ready_s: float = READY_S,
+    drain_timeout_s: float = 5.0,
+    drain_notice_s: float = 0.0,
 ) -> AsyncIterator[EngineUnderTest]:
     """An engine, from start to an orderly end."""
-    engine = EngineUnderTest(buffer, policy, hang_s, trials_s, ready_s)
+    engine = EngineUnderTest(buffer, policy, hang_s, trials_s, ready_s, drain_timeout_s, drain_notice_s)
     server = RpcServer("127.0.0.1", 0, engine.telemetry)
     server.add(engine_service_pb2_grpc.add_EngineServiceServicer_to_server, engine.service, "inference_runtime.v1.EngineService")
     hosting = asyncio.ensure_future(engine.replicas.run())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -198,35 +197,6 @@ def start_process(etcd: EtcdProcess, **more: str) -> subprocess.Popen[bytes]:
     settings = {"ENGINE_ID": "process", "ETCD__ENDPOINTS": etcd.endpoint, "DRAIN_TIMEOUT_S": "10", **more}
     env = {**environment(), **{f"INFERENCE_ENGINE__{key}": value for key, value in settings.items()}}
     return subprocess.Popen([sys.executable, "-m", "services.engine"], env=env, stderr=subprocess.PIPE)
-
-
-async def test_the_process_drains_on_sigterm_and_leaves_nothing_behind(etcd: EtcdProcess, client: EtcdClient) -> None:
-    """R09: running requests end, its keys are gone when it is, exit status 0."""
-    process = start_process(etcd)
-    try:
-        async with asyncio.timeout(20):
-            while (kv := await client.get(keys.engine("process"))) is None:  # noqa: ASYNC110 - it is another process
-                await asyncio.sleep(0.02)
-        engine = EngineUnderTest()
-        engine.address = common_pb2.Engine.FromString(kv.value).address
-        wanted = assignment("drains", {"pace_s": 0.01})
-        await client.put(keys.assignment("process", "drains-0"), wanted.SerializeToString())
-        await until_state(client, "drains-0", SERVING)
-        async with session(engine) as gateway:
-            await gateway.send(submission(1, "drains", sampling=SamplingParams(max_tokens=250)))
-            await until(lambda: len(gateway.answers[1].token_ids) > 0, "it runs")
-            process.send_signal(signal.SIGTERM)
-            await until(lambda: gateway.draining, "the gateway is told")
-            kv = await client.get(keys.engine("process"))
-            assert kv is not None
-            check_exact(await gateway.answer(1), "hello", 250)
-        assert await asyncio.to_thread(process.wait, 10) == 0
-        assert await client.get(keys.engine("process")) is None
-        assert await record(client, "drains", "drains-0") is None
-    finally:
-        process.kill()
-        process.communicate()
-        engine.telemetry.close()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from inference_runtime.errors import (
     Backpressure,
     BadRequest,
     ContextLengthExceeded,
-    Draining,
     InferenceError,
     NoReplica,
     RevisionMismatch,
@@ -432,22 +431,6 @@ async def test_get_engine_describes_replicas_and_load() -> None:
         assert replica.capabilities.resume
         assert replica.address == engine.address
         assert [x.replica_id for x in answer.loads] == ["seen-0"]
-
-
-async def test_a_draining_engine_tells_its_sessions_and_finishes_what_runs() -> None:
-    """R09: nothing new, nothing lost."""
-    async with running_engine() as engine, session(engine) as gateway:
-        await engine.host(assignment("drain", {"pace_s": 0.01}))
-        await gateway.send(submission(1, "drain", sampling=SamplingParams(max_tokens=30)))
-        await until(lambda: len(gateway.answers[1].token_ids) > 2, "it runs")
-        engine.service.notify_draining()
-        drain = asyncio.ensure_future(engine.replicas.drain())
-        await until(lambda: gateway.draining, "the gateway is told")
-        await gateway.send(submission(2, "drain"))
-        assert isinstance((await gateway.answer(2)).error, Draining)
-        check_exact(await gateway.answer(1), "hello", 30)
-        await drain
-        assert engine.replica("drain-0").state == common_pb2.REPLICA_STATE_DRAINING
 
 
 def test_an_error_detail_carries_our_error_back() -> None:

@@ -85,6 +85,8 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
         self.pings = 0
         self._out: asyncio.Queue[engine_service_pb2.SessionResponse | InferenceError] = asyncio.Queue()
         self.refuse = False
+        #: Says so in its welcome.
+        self.draining = False
 
     async def Session(self, request_iterator: object, context: object) -> None:
         """Welcome, note what comes, send what the test puts out."""
@@ -96,15 +98,15 @@ class Peer(engine_service_pb2_grpc.EngineServiceServicer):
         welcome = engine_service_pb2.SessionWelcome(
             engine_id=self.name, boot_id=f"{self.name}-{self.sessions}", protocol_version=1, answers_pings=True
         )
-        await write(engine_service_pb2.SessionResponse(welcome=welcome))
+        await write(engine_service_pb2.SessionResponse(welcome=welcome, draining=self.draining))
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self._read(read))
             try:
                 while not isinstance(item := await self._out.get(), InferenceError):
                     await write(item)
-                raise item
             finally:
                 reader.cancel()
+        raise item
 
     async def _read(self, read: Callable[[], object]) -> None:
         while isinstance(message := await read(), engine_service_pb2.SessionRequest):  # type: ignore[misc]

@@ -348,19 +348,3 @@ async def test_a_gateway_with_keys_wants_one(start: Start) -> None:
         assert s.request.tenant
         a.send(last_row(s, 0, [1], "open"))
         assert (await asking).status_code == 200
-
-
-async def test_a_draining_gateway_finishes_streams_and_takes_nothing_new(gateway: Gateway, engine: Peer) -> None:
-    streaming = asyncio.create_task(gateway.chat(stream=True))
-    s = await engine.submission()
-    kept = await gateway.connect()
-    engine.send(Row(s, 0, [1], "a"))
-    draining = asyncio.create_task(gateway.worker.drain())
-    await until(lambda: gateway.worker.live.draining, "draining")
-    assert await ended(kept[0])  # idle connections go
-    with pytest.raises(OSError):
-        await gateway.connect()
-    engine.send(last_row(s, 1, [2], "b"))
-    assert (await streaming).text.endswith("data: [DONE]\n\n")
-    async with asyncio.timeout(5):
-        await draining
