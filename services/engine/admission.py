@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from inference_runtime.errors import Backpressure, Quarantined
 from inference_runtime.generation import GenerationRequest, SamplingParams
@@ -12,6 +12,7 @@ from services.engine.quarantine import Quarantine, fingerprint
 from services.engine.queue import WaitingRoom, cost_tokens
 from services.engine.stream import Stream
 from services.engine.turnover import Turnover
+from services.engine.worker import Flight
 
 __all__ = ["Admission", "Watermark"]
 
@@ -158,9 +159,21 @@ class Admission:
         """What was measured says nothing about what comes."""
         self._turnover.forget()
 
-    def quarantine(self, tokens: Sequence[int], sampling: SamplingParams) -> None:
-        """Refuse this request from now on."""
-        self._quarantine.add(fingerprint(self._revision, tokens, sampling), time.monotonic())
+    def quarantine(self, guilty: Flight, admitted: Iterable[Stream]) -> list[Stream]:
+        """Refuse this request from now on. Returns those admitted that are the same to a device, as its other choices are: they
+        would kill as it did. None when it was refused before: then they are known."""
+        key, now = fingerprint(self._revision, guilty.prompt_token_ids, guilty.sampling), time.monotonic()
+        known = self._quarantine.left_s(key, now) > 0
+        self._quarantine.add(key, now)
+        if known:
+            return []
+        return [
+            stream
+            for stream in admitted
+            if (flight := stream.flight) is not None
+            and flight.prompt_token_ids == guilty.prompt_token_ids
+            and fingerprint(self._revision, flight.prompt_token_ids, flight.sampling) == key
+        ]
 
 
 def _bounded(seconds: float) -> float:

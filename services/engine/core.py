@@ -446,8 +446,9 @@ class EngineCore:
         if flight is not None and self._worker.abort(flight) and isinstance(err, RequestCancelled):
             self._aborting[flight.sequence_id] = time.monotonic()
         if flight is not None and isinstance(err, Quarantined):
-            self._admission.quarantine(flight.prompt_token_ids, flight.sampling)
             log.warning("request quarantined", replica=self.replica_id, request_id=stream.submission.request.request_id)
+            for twin in self._admission.quarantine(flight, self._streams.values()):
+                twin.fail(err)
         self._health.ended(err, time.monotonic())
         self._metrics.record(stream, err, self.spec.name, self.replica_id)
         self._pump()

@@ -65,6 +65,21 @@ async def test_pp_1_one_killer_prompt_among_a_hundred_streams(isolation: str) ->
         assert (load.running, load.queued, load.pending_tokens) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("places", [128, 10])
+async def test_pp_1_a_killer_asked_for_in_several_choices_kills_as_often_as_one(places: int) -> None:
+    """PP-1: what is found guilty is the prompt. Its other choices end with it, those that wait for a place included."""
+    async with running_engine() as engine, session(engine) as gateway:
+        await engine.host(assignment("choices", POISON, {"max_concurrent": places}))
+        await gateway.send(*(submission(i, "choices", f"{i}", sampling=LONG) for i in range(1, 9)))
+        await until(lambda: all(len(gateway.answers[i].token_ids) > 3 for i in range(1, 9)), "all run")
+        await gateway.send(*(submission(500 + k, "choices", KILLER, sampling=LONG, choice=k) for k in range(6)))
+        for k in range(6):
+            await check_quarantined(gateway, 500 + k)
+        for i in range(1, 9):
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        assert engine.replica("choices-0").restarts <= 2
+
+
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 async def test_pp_1_nobody_waits_long_for_the_killer_to_be_found(isolation: str) -> None:
     """PP-1, R-01: with 150 streams at 20 ms a token, the 99th percentile of their longest silence is at most 1.5 s. Trying each
