@@ -40,6 +40,9 @@ REVIEW_S = 1.0
 #: Pauses between two tries to reach the coordinator, seconds: short at first, then bounded.
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
+#: With more replicas than this, pairs are drawn from all of them, at most so often, before those that fit are gathered.
+FEW = 8
+DRAWS = 4
 #: A table that was confirmed within this time is live, seconds. An idle coordinator confirms it every 2 s by default.
 LIVE_S = 5.0
 
@@ -286,6 +289,12 @@ def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> T
     targets = route.targets
     if len(targets) == 1 and not exclude and not revision:
         return targets[0] if targets[0].usable else None
+    if len(targets) > FEW:
+        # Nearly always the first two drawn will do, however many there are; a look at all of them is for when they will not.
+        for _ in range(DRAWS):
+            one, other = targets[int(random.random() * len(targets))], targets[int(random.random() * len(targets))]
+            if one is not other and _plain(one, exclude, revision) and _plain(other, exclude, revision):
+                return one if one.score <= other.score else other
     fit = [t for t in targets if t.usable and t.replica_id not in exclude and (not revision or t.revision == revision)]
     if len(fit) <= 1:
         return fit[0] if fit else None
@@ -295,6 +304,16 @@ def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> T
         fit = [t for t in fit if not t.shunned] or [t for t in fit if not t.link.silent] or fit
         one, other = random.sample(fit, 2) if len(fit) > 1 else fit * 2
     return one if one.score <= other.score else other
+
+
+def _plain(target: Target, exclude: Collection[str], revision: str) -> bool:
+    """Whether nothing speaks against it."""
+    return (
+        target.usable
+        and not target.shunned
+        and target.replica_id not in exclude
+        and (not revision or target.revision == revision)
+    )
 
 
 class RouteWatch(Generic[L]):

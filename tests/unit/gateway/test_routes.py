@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from inference_runtime.errors import StaleLeader
 from inference_runtime.telemetry import MetricSet
@@ -152,6 +154,29 @@ def test_the_less_busy_of_two_is_chosen(table: RouteTable) -> None:
     assert {t.replica_id for _ in range(20) if (t := choose(route(table)))} == {"b"}
     route(table).targets[1].in_flight = 9
     assert {t.replica_id for _ in range(20) if (t := choose(route(table)))} == {"a"}
+
+
+KINDS = st.lists(st.sampled_from(["good", "down", "silent", "slow", "other revision", "tried"]), min_size=1, max_size=40)
+
+
+@given(KINDS, st.booleans())
+def test_the_choice_among_many_is_the_choice_among_few(kinds: list[str], same_revision: bool) -> None:
+    """Only what may be chosen is, something is where there is anything, and the better kind first, at any number of replicas."""
+    net = Net()
+    table = RouteTable(net.link_to)
+    table.apply(update(*(replica(str(at), revision="r2" if k == "other revision" else "r1") for at, k in enumerate(kinds))))
+    for at, kind in enumerate(kinds):
+        line = net.lines[f"engine-of-{at}", f"{at}:1"]
+        line.up, line.silent = kind != "down", kind == "silent"
+        if kind == "slow":
+            table.targets[str(at)].trust.limit = 0
+    tried = {str(at) for at, kind in enumerate(kinds) if kind == "tried"}
+    good = {"good"} if same_revision else {"good", "other revision"}
+    best = next((rank for rank in (good, {"slow"}, {"silent"}) if rank & set(kinds)), None)
+    for _ in range(5):
+        target = choose(route(table), tried, "r1" if same_revision else "")
+        assert (target is None) == (best is None)
+        assert target is None or best is None or kinds[int(target.replica_id)] in best
 
 
 def chosen(table: RouteTable) -> set[str]:
