@@ -11,7 +11,7 @@ PROTO  := .venv-proto
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 UP     ?=
 
-.PHONY: help setup up test check format e2e bench faults proto clean
+.PHONY: help setup up test check format e2e bench faults sim proto clean
 
 help:
 	@echo 'make up       set up .venv and serve: etcd, coordinator, deployment manager, metrics, engine, gateway (UP="--port 9000" for flags)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make e2e      end-to-end tests, the long ones too'
 	@echo 'make bench    CPU-microseconds of the gateway per chunk and per request'
 	@echo 'make faults   kill, freeze and cut off every part under load; count every token'
+	@echo 'make sim      the control plane with 1,000 engines and 2,000 deployments, in virtual time'
 	@echo 'make proto    generate the stubs anew'
 	@echo 'make setup    set up .venv for development; make clean removes what was set up'
 
@@ -73,6 +74,9 @@ bench: $(VENV)/.dev
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m bench.faults
+
+sim: $(VENV)/.dev
+	$(BIN)/python -m bench.sim
 
 proto: $(PROTO)/.done
 	PATH=$(CURDIR)/$(PROTO)/bin:$$PATH buf generate

@@ -58,7 +58,7 @@ class Size:
     gateways: int
 
     def specs(self) -> list[deployment_pb2.Deployment]:
-        """One deployment with a replica for each engine, the others with one, two or four; a tenth of them need an accelerator."""
+        """One deployment with a replica for each engine, others with one, two or four; a tenth of them need an accelerator."""
         found = [_deployment(WIDE, self.engines, 0)]
         for at in range(1, self.deployments):
             found.append(_deployment(f"model-{at:05d}", (1, 1, 1, 2, 2, 4)[at % 6] if at % 10 else 1, int(at % 10 == 0)))
@@ -169,6 +169,9 @@ class Fleet:
 
 class _Link:
     up, silent = True, False
+
+    def listen(self) -> None:
+        """There is nothing to hear."""
 
 
 class Gateway:
