@@ -67,6 +67,7 @@ class Answer:
         outcome: How.
         error: What was said.
         model: The deployment. Only answers of `MODEL` tell how long streams stood still.
+        last_id: Id of the last event that came, over HTTP.
     """
 
     record: Stream
@@ -78,6 +79,7 @@ class Answer:
     outcome: Outcome = "open"
     error: str = ""
     model: str = MODEL
+    last_id: str = ""
 
     def stall_s(self, since: float, until: float) -> float | None:
         """The longest silence that touches this window, from the request on; None when the stream was not open in it."""
@@ -119,8 +121,8 @@ async def over_grpc(client: InferenceClient, answer: Answer, first: Callable[[],
 
 
 async def over_http(address: str, answer: Answer, first: Callable[[], None]) -> None:
-    """Ask host:port on a connection of its own, and note each token; `first` is called with each. Raises Refused, Broken or
-    Failed."""
+    """Ask host:port on a connection of its own, and note each token; `first` is called with each. An answer that has begun goes
+    on behind its last event. Raises Refused, Broken or Failed."""
     host, _, port = address.rpartition(":")
     try:
         reader, writer = await asyncio.open_connection(host, int(port), limit=LINE_BYTES)
@@ -141,7 +143,9 @@ async def over_http(address: str, answer: Answer, first: Callable[[], None]) -> 
 
 
 async def _events(reader: asyncio.StreamReader, answer: Answer, first: Callable[[], None]) -> None:
-    async for line in _lines(reader):
+    async for line in _lines(reader):  # of whole events: one never spans two chunks
+        if line.startswith(b"id: "):
+            answer.last_id = line[4:].decode()
         if not line.startswith(b"data: "):
             continue
         if line == b"data: [DONE]":
@@ -182,12 +186,15 @@ def _request(answer: Answer) -> bytes:
     record = answer.record
     assert not isinstance(record.messages, str)
     messages = [{"role": "user", "content": message.text} for message in record.messages]
-    return _post({"model": answer.model, "messages": messages, "seed": record.seed, "max_tokens": record.tokens, "stream": True})
+    fields = {"model": answer.model, "messages": messages, "seed": record.seed, "max_tokens": record.tokens, "stream": True}
+    return _post(fields, last_id=answer.last_id)
 
 
-def _post(fields: dict[str, Any]) -> bytes:
+def _post(fields: dict[str, Any], *, last_id: str = "") -> bytes:
     body = json.dumps(fields).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: faults\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+    if last_id:
+        head += f"last-event-id: {last_id}\r\n"
     return f"{head}content-type: application/json\r\n\r\n".encode() + body
 
 

@@ -1,7 +1,8 @@
 """The standing load: clients that stream without a pause and can tell to the token what they must get; and probes beside them.
 
 Half of the clients speak HTTP, half gRPC; each stays with one gateway. Nothing is repeated for them. Only where a cell takes a
-gateway down does a client that was refused before anything was answered ask another one, as every load balancer does.
+gateway down does a client that was refused before anything was answered ask another one, as every load balancer does; and there a
+client over HTTP whose answer breaks off asks the other gateway for the rest, by `Last-Event-ID`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Load:
         self.answers: list[Answer] = []
         #: Requests that one gateway refused and another one was asked for.
         self.asked_elsewhere = 0
+        #: Answers that broke off at one gateway and were asked to go on at another.
+        self.came_back = 0
         #: Probes stay away from these gateways: they are dead on purpose.
         self.probed = list(range(len(self._addresses)))
 
@@ -124,10 +127,15 @@ class Load:
                         else:
                             await over_http(self._addresses[answer.gateway], answer, first)
                         break
-                    except Refused as err:
-                        if not self._elsewhere or err.full or attempt + 1 == count:
+                    except (Refused, Broken) as err:
+                        if not self._elsewhere or attempt + 1 == count or (isinstance(err, Refused) and err.full):
                             raise
-                        self.asked_elsewhere += 1
+                        if isinstance(err, Refused):
+                            self.asked_elsewhere += 1
+                        elif grpc:
+                            raise
+                        else:
+                            self.came_back += 1
                         answer.gateway = (answer.gateway + 1) % count
             answer.outcome = "ended"
             answer.record.end()
