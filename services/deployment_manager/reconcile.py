@@ -75,7 +75,7 @@ class Reconciler:
 
     def _due_s(self, looked_s: float) -> float | None:
         """Seconds until an engine that was missing at the last look, and not yet gone, counts as gone; None without one."""
-        ends_s = [since_s + self._engine_gone_s for since_s in self._view.missing_since.values()]
+        ends_s = self._view.gone_at(self._engine_gone_s).values()
         next_s = min((end_s for end_s in ends_s if end_s > looked_s), default=None)
         return None if next_s is None else max(0.0, next_s - time.monotonic())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from inference_runtime.coordination import EtcdClient, LeaderObserver, Term, keys
+from inference_runtime.coordination import ACKNOWLEDGE, EtcdClient, LeaderObserver, StoreReplaced, Term, keys
 from inference_runtime.errors import BadRequest, NotLeader
 from inference_runtime.settings import environment
 from inference_runtime.telemetry import MetricSet
@@ -35,6 +35,7 @@ Context = grpc.aio.ServicerContext[object, object]
 class _Office:
     """What a term holds."""
 
+    term: Term
     catalog: Catalog
     view: View
 
@@ -59,8 +60,8 @@ class DeploymentManagerService(deployment_manager_service_pb2_grpc.DeploymentMan
 
     async def lead(self, term: Term) -> None:
         """Answer and reconcile until cancelled, which is how a term ends."""
-        view = View(self._client)
-        self._office = _Office(Catalog(self._client, term), view)
+        view = View(self._client, self._settings.etcd.lease_ttl_s, self._settings.mass_loss_s)
+        self._office = _Office(term, Catalog(self._client, term), view)
         reconciler = Reconciler(view, term, self._settings.settle_s, self._settings.engine_gone_s)
         self._leads.set(1, ROLE)
         self._terms.inc(ROLE)
@@ -134,7 +135,10 @@ class DeploymentManagerService(deployment_manager_service_pb2_grpc.DeploymentMan
         return foreseen
 
     def _leading(self) -> _Office:
-        if self._office is None:
+        refusal = self._client.guard.refusal if self._client.guard is not None else ""
+        if refusal:  # nobody leads in such a store, and the caller should know why
+            raise StoreReplaced(f"etcd is not the store that was followed: {refusal}; run `{ACKNOWLEDGE}` to go on with it")
+        if self._office is None or not self._office.term.valid():
             raise self._not_leader()
         return self._office
 

@@ -22,4 +22,7 @@ class DeploymentManagerSettings(ServiceSettings):
     engine_gone_s: float = Field(
         default=3.0, ge=0, description="seconds after an engine's lease ended until its replicas get another place"
     )
+    mass_loss_s: float = Field(
+        default=15.0, ge=0, description="seconds that engines which vanished many at once get to come back; 0 for none"
+    )
     grace_s: float = Field(default=1.0, ge=0, description="seconds that running calls may take to end at shutdown")

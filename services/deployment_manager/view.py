@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from google.protobuf.message import DecodeError, Message
 
-from inference_runtime.coordination import EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
+from inference_runtime.coordination import DEFAULT_TTL_S, EtcdClient, KeyValue, WatchBatch, keys, watch_prefix
+from inference_runtime.coordination.loss import LossGuard
 from inference_runtime.errors import BadRequest
 from inference_runtime.telemetry import get_logger
 from inference_runtime.v1 import common_pb2, deployment_pb2
@@ -36,10 +37,15 @@ class View:
 
     Args:
         client: etcd.
+        lease_ttl_s: Time to live of engines' leases, seconds.
+        mass_loss_s: How long engines that vanished in a crowd get to come back before they count as gone, seconds.
     """
 
-    def __init__(self, client: EtcdClient) -> None:
+    def __init__(self, client: EtcdClient, lease_ttl_s: float = DEFAULT_TTL_S, mass_loss_s: float = 0.0) -> None:
         self._client = client
+        # One engine that was alone is no crowd: nothing could be placed elsewhere too early, and a successor should not wait.
+        self._guard = LossGuard(2 * lease_ttl_s, mass_loss_s, least=2)
+        self._vanished: set[str] = set()
         #: the catalogue, by name
         self.deployments: dict[str, deployment_pb2.Deployment] = {}
         #: registered engines, by id
@@ -78,7 +84,7 @@ class View:
             self._remove(key)
         for kv in batch.puts:
             self._put(kv)
-        self._note_missing()
+        self._note_missing(first=not self.revision)
         self.revision = batch.revision
         self._changed.set()
         for watcher in self._watchers:
@@ -114,7 +120,7 @@ class View:
         now_s = time.monotonic()
         return World(
             engines=self.engines,
-            gone=frozenset(e for e, since_s in self.missing_since.items() if now_s - since_s >= engine_gone_s),
+            gone=frozenset(e for e, gone_s in self.gone_at(engine_gone_s).items() if now_s >= gone_s),
             assignments=self._assignments,
             replicas=self._replicas,
             leaving=[a for a in self._leaving.values() if a.replica_id in self._replicas],
@@ -122,6 +128,10 @@ class View:
             by_deployment=self._by_deployment,
             booked=self._booked,
         )
+
+    def gone_at(self, engine_gone_s: float) -> dict[str, float]:
+        """When each missing engine counts as gone, monotonic seconds."""
+        return {e: max(since_s + engine_gone_s, self._guard.believed_until(e)) for e, since_s in self.missing_since.items()}
 
     def end(self) -> None:
         """The term is over: watchers are told."""
@@ -183,7 +193,8 @@ class View:
                 del self.deployments[name]
                 self._catalogue_changed(name, 0)
             case keys.ENGINES, engine_id:
-                del self.engines[engine_id]
+                if self.engines.pop(engine_id).state != common_pb2.ENGINE_STATE_DRAINING:
+                    self._vanished.add(engine_id)
                 self._engines_touched = True
             case keys.ASSIGNMENTS, replica_id:
                 if (assignment := self._drop_assignment(replica_id)) is not None:
@@ -214,11 +225,15 @@ class View:
         for watcher in self._watchers:
             watcher.owed.add(name)
 
-    def _note_missing(self) -> None:
+    def _note_missing(self, *, first: bool) -> None:
         now_s = time.monotonic()
         self._leaving = {i: a for i, a in self._leaving.items() if i in self._replicas}
         named = {a.engine_id for a in (*self._assignments.values(), *self._leaving.values())}
         self.missing_since = {e: self.missing_since.get(e, now_s) for e in named - self.engines.keys()}
+        lost = (self._vanished | (self.missing_since.keys() if first else set())) - self.engines.keys()
+        self._vanished.clear()
+        if lost and self._guard.lost(lost, self.engines, now_s):
+            log.error("many engines vanished at once; their replicas keep their places for a while", alive=len(self.engines))
         self._hosts = {e: host for e, host in self._hosts.items() if e in named or e in self.engines}
 
 

@@ -40,6 +40,7 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
     def __init__(self, observer: LeaderObserver, settings: MetricsSettings, metrics: MetricSet) -> None:
         self._observer, self._settings = observer, settings
         self._ledger: Ledger | None = None
+        self._term: Term | None = None
         self._leads = metrics.gauge("inference_leader", "role")
         self._terms = metrics.counter("inference_leader_terms_total", "role")
         self._requests = metrics.counter("inference_requests_total", "deployment", "outcome")
@@ -60,10 +61,10 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
             self._terms.inc(ROLE)
             for deployment, totals in (await ledger.totals()).items():
                 self._publish(deployment, totals)
-            self._ledger = ledger
+            self._ledger, self._term = ledger, term
             await asyncio.Event().wait()
         finally:
-            self._ledger = None
+            self._ledger = self._term = None
             self._leads.set(0, ROLE)
             for counter in (self._requests, self._tokens_in, self._tokens_out, self._cost):
                 counter.values.clear()  # who does not lead does not count, or a sum over both would be double
@@ -87,7 +88,7 @@ class MetricsService(metrics_service_pb2_grpc.MetricsServiceServicer):
         return metrics_service_pb2.GetSnapshotResponse(deployments=[t.to_proto(name) for name, t in totals.items()])
 
     def _leading(self) -> Ledger:
-        if self._ledger is None:
+        if self._ledger is None or self._term is None or not self._term.valid():
             leader = self._observer.current
             raise NotLeader("this process does not lead the metrics role", role=ROLE, address=leader.address if leader else "")
         return self._ledger
