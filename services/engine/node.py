@@ -34,6 +34,8 @@ __all__ = ["FencedAssignments", "LoadReporter", "Node", "engine_record"]
 
 log = get_logger(__name__)
 
+#: Time that etcd gets to take the first records before the engine is open without that, seconds.
+SETTLE_S = 1.0
 #: Deadline of one load report, seconds. It is out of date after that.
 REPORT_TIMEOUT_S = 1.0
 
@@ -109,6 +111,9 @@ class Node:
         self._fence = FencedAssignments()
         self._dirty: dict[str, bytes | None] = {}  # key -> record, None to remove; the latest wins
         self._wake = asyncio.Event()
+        #: Set once the assignments of this engine were read and its records say what it hosts. Until then nobody can be answered:
+        #: gateways may still have it in their routes from an earlier life.
+        self.caught_up = asyncio.Event()
 
     # --- records: called by Replicas ---------------------------------------------------------------------------------
 
@@ -158,6 +163,9 @@ class Node:
         async with watch_prefix(self._client, keys.assignments_of(self.engine.id)) as watch:
             async for batch in watch:
                 self.apply(batch, replicas)
+                if not self.caught_up.is_set():
+                    await self.settled(SETTLE_S)
+                    self.caught_up.set()
 
     def apply(self, batch: WatchBatch, replicas: Replicas) -> None:
         """Follow one batch of changes.

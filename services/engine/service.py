@@ -70,10 +70,13 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         replicas: What the engine hosts.
         session_buffer_chunks: Chunks that may wait for the reader of one session.
         sessions: Gauge of open sessions.
+        opened: Set once sessions are welcomed; None: from the beginning. Before that nothing is known that could be run.
     """
 
-    def __init__(self, replicas: Replicas, session_buffer_chunks: int, sessions: Gauge) -> None:
-        self._replicas, self._buffer = replicas, session_buffer_chunks
+    def __init__(
+        self, replicas: Replicas, session_buffer_chunks: int, sessions: Gauge, opened: asyncio.Event | None = None
+    ) -> None:
+        self._replicas, self._buffer, self._opened = replicas, session_buffer_chunks, opened
         #: Open sessions.
         self.sessions: set[Session] = set()
         self._gauge = sessions
@@ -124,6 +127,8 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         self.sessions.add(session)
         self._gauge.set(len(self.sessions))
         try:
+            if self._opened is not None:
+                await self._opened.wait()
             await session.run(context.read, write)
         except RequestCancelled:
             log.info("session ended: its gateway left", gateway=session.gateway_id)

@@ -73,6 +73,36 @@ async def until_state(client: EtcdClient, replica_id: str, state: common_pb2.Rep
             await asyncio.sleep(0.02)
 
 
+async def test_an_engine_has_caught_up_once_its_records_say_what_it_hosts(etcd: EtcdProcess, client: EtcdClient) -> None:
+    """P-02: after a restart, and with nothing to host too."""
+    async with running_engine() as engine, registered(etcd, engine) as node, asyncio.timeout(15):
+        await node.caught_up.wait()
+    wanted = assignment("known", {"load_s": 600})
+    await client.put(keys.assignment("engine-1", "known-0"), wanted.SerializeToString())
+    async with running_engine() as engine, registered(etcd, engine) as node, asyncio.timeout(15):
+        assert not node.caught_up.is_set()
+        await node.caught_up.wait()
+        seen = await record(client, "known", "known-0")
+    assert seen is not None
+    assert seen.state == common_pb2.REPLICA_STATE_LOADING
+
+
+async def test_no_session_is_welcomed_before_the_engine_knows_what_it_hosts() -> None:
+    """P-02: gateways that have it in their routes from an earlier life send nothing yet."""
+    opened = asyncio.Event()
+    async with running_engine() as engine:
+        engine.service._opened = opened
+        async with asyncio.TaskGroup() as tasks, contextlib.AsyncExitStack() as stack:
+            welcomed = tasks.create_task(stack.enter_async_context(session(engine)))
+            await until(lambda: len(engine.service.sessions) == 1, "a gateway at the door")
+            await engine.host(assignment("late", {}))
+            assert not welcomed.done()
+            opened.set()
+            gateway = await welcomed
+            await gateway.send(submission(1, "late"))
+            check_exact(await gateway.answer(1), "hello", 10)
+
+
 async def test_assignments_in_etcd_are_hosted_and_replicas_registered(etcd: EtcdProcess, client: EtcdClient) -> None:
     """P01: from an assignment to a leased SERVING record, and back."""
     async with running_engine() as engine, registered(etcd, engine):
