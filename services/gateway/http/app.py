@@ -98,7 +98,9 @@ class HttpApp:
 
     def error_body(self, status: int, message: str) -> bytes:
         """Body of an error that the server itself found."""
-        return error_body(PayloadTooLarge(message) if status == 413 else BadRequest(message, code="invalid_http"))
+        if status == 413:
+            return error_body(PayloadTooLarge(message))
+        return error_body(BadRequest(message, code="unsupported_content_encoding" if status == 415 else "invalid_http"))
 
     def _generate(self, connection: Connection, request: HttpRequest, parse: Callable[[bytes], Asked], shape: Shape) -> None:
         headers = request.headers

@@ -1,7 +1,8 @@
 """One client connection: parsing, limits, writing. Knows nothing of models; an `App` answers.
 
-One request at a time: bytes that come early wait, bounded. A response that a client does not read is bounded in bytes and in time.
-A client that leaves ends its request at once.
+One request at a time: bytes that come early wait, bounded. A response that a client does not read is bounded in bytes and in
+time. A client that leaves ends its request at once. One that only sends nothing more looks the same: it is written to, and is
+answered when that goes well.
 """
 
 from __future__ import annotations
@@ -36,6 +37,17 @@ LINGER_S = 2.0
 #: A client that has connected and not asked anything yet gets this long to ask once the server closes.
 FRESH_S = 1.0
 NEVER = float("inf")
+#: What a client that may have left is written where its answer has not begun. Any HTTP/1.1 client reads past it.
+INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n"
+#: Seconds to the next such sign of life; each time twice as long.
+FIRST_PROBE_S = 1.0
+#: When a reset is looked for after that, seconds: on one machine it is there at once, within a data centre soon. Later ones the
+#: sweeper sees.
+PROBE_ANSWERS_S = (0.0, 0.005, 0.05)
+#: What the kernel says of a connection whose other side is gone, though nobody reads it.
+GONE = select.POLLHUP | select.POLLERR
+#: Header lines of errors that the server itself finds.
+EXTRA = {415: b"accept-encoding: identity\r\n"}
 
 
 class App(Protocol):
@@ -54,10 +66,12 @@ class Connection(asyncio.Protocol):
     """One client connection. The app calls `respond`, or `begin_stream`, `send` … `finish`."""
 
     __slots__ = (
-        "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_full", "_gated", "_head_bytes",
-        "_headers", "_held", "_in_head", "_lingering", "_parked", "_parser", "_paused", "_progress", "_pumping", "_queue",
-        "_queued", "_refusal", "_server", "_settings", "_stalled_since", "_transport", "_url", "backlog", "busy", "deadline",
-        "fresh", "on_disconnect", "timed_out_status",
+        "_at_end", "_body", "_body_bytes", "_chunked_ok", "_close_after", "_closed", "_continue", "_fd", "_full",
+        "_gated", "_head_bytes", "_headers", "_held", "_in_head", "_lingering", "_parked", "_parser", "_paused",
+        "_probe_at", "_probe_s", "_progress", "_pumping", "_queue", "_queued", "_refusal", "_server", "_settings",
+        "_stalled_since", "_transport", "_url", "backlog", "busy", "deadline", "fresh",
+        "half_closed", "on_disconnect", "probe",
+        "timed_out_status",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer) -> None:
@@ -78,6 +92,11 @@ class Connection(asyncio.Protocol):
         self.busy = False
         #: It has not asked anything yet.
         self.fresh = True
+        #: The client sends nothing more. Whether it still reads is not known. `_at_end`: and all that it sent was read.
+        self.half_closed = self._at_end = False
+        self._probe_at, self._probe_s = NEVER, FIRST_PROBE_S
+        #: Writes something harmless into an answer that is a stream. None for one that is sent whole.
+        self.probe: Callable[[], None] | None = None
         #: Called once when the client leaves while its request is being answered.
         self.on_disconnect: Callable[[], None] | None = None
         self.deadline, self.timed_out_status = NEVER, 0
@@ -108,9 +127,37 @@ class Connection(asyncio.Protocol):
         self._server.connections.discard(self)
         self._queue.clear()
         self._parked = b""
+        self.probe = None
         callback, self.on_disconnect = self.on_disconnect, None
         if callback is not None:
             callback()
+
+    def eof_received(self) -> bool:
+        """Whether there is something to go on for: requests that are not answered yet, of a client that may still read."""
+        self._at_end = True
+        if self._lingering or self._closed or not (self.busy or self._queue or self._parked):
+            return False
+        self._half_close()
+        return True
+
+    def _half_close(self) -> None:
+        self.half_closed = True
+        if self.busy:
+            self._write_probe()
+
+    def _write_probe(self) -> None:
+        """Write something: the kernel of a client that has left answers it with a reset."""
+        self._probe_at, self._probe_s = self._server.now + self._probe_s, self._probe_s * 2
+        if self.probe is not None:
+            self.probe()
+        elif self._chunked_ok:  # HTTP/1.0 knows no interim answers
+            self.send(INTERIM)
+        for delay_s in PROBE_ANSWERS_S:
+            asyncio.get_running_loop().call_later(delay_s, self._end_if_gone)
+
+    def _end_if_gone(self) -> None:
+        if self.busy and not self._closed and _polled(self._fd) & GONE:
+            self.abort()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it asks."""
@@ -167,6 +214,8 @@ class Connection(asyncio.Protocol):
         declared = self._headers.get(b"content-length")
         if declared is not None and int(declared) > self._settings.max_body_bytes:
             self._too_large()
+        elif self._headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            self._refusal = self._refusal or (415, "the request's body is compressed; send it uncompressed")
         elif self._headers.get(b"expect", b"").lower() == b"100-continue":
             self._continue = True
         self.deadline = self._server.now + self._settings.body_timeout_s
@@ -230,6 +279,8 @@ class Connection(asyncio.Protocol):
                         self._paused = False
                         self._transport.resume_reading()
                     self._feed(data)
+                elif self._at_end:
+                    self.close()
                 else:
                     if self._continue:
                         self._continue = False
@@ -245,6 +296,8 @@ class Connection(asyncio.Protocol):
         if not request.keep_alive or self._server.draining:
             self._close_after = True
         self._server.app.handle(self, request)
+        if self.half_closed and self.busy:
+            self._write_probe()
 
     # --- answering -------------------------------------------------------------------------------------------------------
 
@@ -350,7 +403,7 @@ class Connection(asyncio.Protocol):
 
     def finish(self) -> None:
         """The answer is complete."""
-        self.on_disconnect = None
+        self.on_disconnect = self.probe = None
         if self._held is not None:
             self._gated = False
             self.release()
@@ -358,7 +411,7 @@ class Connection(asyncio.Protocol):
         if self._closed:
             return
         self.deadline = self._server.now + self._settings.idle_timeout_s
-        if not self._pumping and (self._queue or self._parked or self._close_after):
+        if not self._pumping and (self._queue or self._parked or self._close_after or self._at_end):
             self._pump()
 
     def close(self) -> None:
@@ -378,8 +431,8 @@ class Connection(asyncio.Protocol):
         self._refusal, self._close_after, self._lingering = None, True, True
         body = self._server.app.error_body(status, message)
         self.send(
-            b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (STATUS_LINES[status], self._server.date_line, len(body), body)
+            b"%b%b%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+            % (STATUS_LINES[status], self._server.date_line, EXTRA.get(status, b""), len(body), body)
         )
         if not self._closed:
             self.deadline, self.timed_out_status = self._server.now + LINGER_S, 0
@@ -393,8 +446,12 @@ class Connection(asyncio.Protocol):
             self._check_stall(now)
         elif self._stalled_since != NEVER:
             self._stalled_since = NEVER
-        if self._paused and self.busy and _peer_left(self._fd):
-            self.abort()
+        if self.half_closed and self.busy:
+            self._end_if_gone()
+            if now >= self._probe_at and not self._closed:
+                self._write_probe()
+        elif self._paused and self.busy and _polled(self._fd) & (GONE | select.POLLRDHUP):
+            self._half_close()
         elif now > self.deadline and not self.busy:
             if self._lingering or not self.timed_out_status:
                 self.abort() if self._lingering else self.close()
@@ -423,8 +480,8 @@ class Connection(asyncio.Protocol):
         self._progress = moved
 
 
-def _peer_left(fd: int) -> bool:
-    """Whether the other side has closed. Only for a paused connection: any other learns it from its transport."""
+def _polled(fd: int) -> int:
+    """What the kernel knows of the other side. For connections that are not read; any other learns it from its transport."""
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
-    return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+    return next((event for _, event in poll.poll(0)), 0)

@@ -194,6 +194,7 @@ class StreamSink(_HttpSink):
         self._fixed = 0
         #: Index of the last token.
         self._last = -1
+        connection.probe = self.keep_alive
 
     def _frame(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from inference_runtime.errors import InferenceError
-from services.gateway.http.server import STATUS_LINES
+from services.gateway.http.message import STATUS_LINES
 
 
 def tree(cls: type[InferenceError]) -> list[type[InferenceError]]:
