@@ -1,7 +1,15 @@
-"""Ends the process when it still leads after its lease: for an event loop that is stuck, nothing inside it can step down."""
+"""A thread that ends terms in time when the event loop does not: because its timers have slept through a suspend, or because it
+is stuck. The loop is told first; a loop that does not act on it is ended with its process.
+
+Not covered: C code that holds the interpreter's lock keeps this thread from running, too. What holds then is that every write of
+a leader is guarded in etcd.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import faulthandler
 import os
 import threading
 import time
@@ -22,19 +30,20 @@ LOOK_S = 0.1
 #: Looks that must find a term overdue. After a suspend or SIGSTOP the event loop gets that much running time to step down.
 LOOKS = 5
 
-_active: dict[object, tuple[str, Lease]] = {}
+_active: dict[object, tuple[str, Lease, asyncio.AbstractEventLoop]] = {}
 _changed = threading.Condition()
 _thread: threading.Thread | None = None
 
 
 @contextmanager
 def guarded(role: str, lease: Lease) -> Iterator[None]:
-    """While the body runs, the process leads `role` under `lease`; it is ended (status 75) if the body outlasts the lease's
-    validity by more than GRACE_S. No `finally` runs then: whatever a leader does must bear a crash anyway."""
+    """While the body runs, the process leads `role` under `lease`. When the lease's validity ends, the lease is declared lost on
+    the running loop; if the body outlasts it by more than GRACE_S, the process is ended (status 75), with the stacks of all
+    threads on stderr. No `finally` runs then: whatever a leader does must bear a crash anyway."""
     global _thread
     entry = object()
     with _changed:
-        _active[entry] = (role, lease)
+        _active[entry] = (role, lease, asyncio.get_running_loop())
         if _thread is None or not _thread.is_alive():
             _thread = threading.Thread(target=_watch, name="leader-watchdog", daemon=True)
             _thread.start()
@@ -55,12 +64,18 @@ def _watch() -> None:
                 _changed.wait()
             active = dict(_active)
         now = boottime()
-        overdue = {entry: overdue.get(entry, 0) + 1 for entry, (_, lease) in active.items() if now >= lease.valid_until}
+        overdue = {entry: overdue.get(entry, 0) + 1 for entry, (_, lease, _) in active.items() if now >= lease.valid_until}
         for entry, looks in overdue.items():
-            role, lease = active[entry]
+            role, lease, loop = active[entry]
+            if looks == 1:
+                with contextlib.suppress(RuntimeError):  # a loop that is closed has no term any more
+                    loop.call_soon_threadsafe(lease.end)
             if looks >= LOOKS and now >= lease.valid_until + GRACE_S:
-                os.write(
-                    2, f"still leading {role} {now - lease.valid_until:.1f} s after the lease: ending the process\n".encode()
-                )
-                os._exit(EXIT_STATUS)
+                _end_process(role, now - lease.valid_until)
         time.sleep(LOOK_S)
+
+
+def _end_process(role: str, late_s: float) -> None:
+    os.write(2, f"still leading {role} {late_s:.1f} s after the lease: ending the process; its threads stand here\n".encode())
+    faulthandler.dump_traceback(file=2, all_threads=True)
+    os._exit(EXIT_STATUS)
