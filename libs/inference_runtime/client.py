@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from inference_runtime import wire
-from inference_runtime.coordination import EtcdClient, keys
+from inference_runtime.coordination import EtcdClient, EtcdOutcomeUnknown, EtcdUnavailable, StoreReplaced, keys
 from inference_runtime.deployment import DeploymentSpec, parse_deployment
 from inference_runtime.errors import (
     BadRequest,
@@ -178,7 +178,9 @@ class InferenceClient:
     # --- operation ---------------------------------------------------------------------------------------------------
 
     async def apply(self, spec: DeploymentSpec | Mapping[str, Any]) -> deployment_manager_service_pb2.ApplyDeploymentResponse:
-        """Create or change a deployment. Equal specifications change nothing. Raises BadRequest with `param`."""
+        """Create or change a deployment. Equal specifications change nothing, so it is asked again while leadership moves or etcd
+        restarts. Raises BadRequest with `param`.
+        """
         value = spec if isinstance(spec, DeploymentSpec) else parse_deployment(spec)
         request = deployment_manager_service_pb2.ApplyDeploymentRequest(spec=wire.spec_to_proto(value))
         response: deployment_manager_service_pb2.ApplyDeploymentResponse
@@ -188,7 +190,7 @@ class InferenceClient:
     async def delete(self, name: str) -> None:
         """Drain and remove a deployment. Raises DeploymentNotFound."""
         request = deployment_manager_service_pb2.DeleteDeploymentRequest(name=name)
-        await self._at_leader(_manager, lambda stub: stub.DeleteDeployment, request)
+        await self._at_leader(_manager, lambda stub: stub.DeleteDeployment, request, done=DeploymentNotFound)
 
     async def deployment(self, name: str) -> deployment_pb2.Deployment:
         """One deployment. Raises DeploymentNotFound."""
@@ -281,6 +283,11 @@ class InferenceClient:
         except grpc.aio.AioRpcError as err:
             raise error_from_rpc(err) from err
 
+    @property
+    def _etcd_answered(self) -> bool:
+        """The endpoints are right."""
+        return self._etcd is not None and self._etcd.cluster_id != 0
+
     async def _leader(self, role: str) -> common_pb2.Leader | None:
         if self._etcd is None:
             raise BadRequest("this client was made without etcd; pass etcd=['host:port']", param="etcd")
@@ -292,19 +299,40 @@ class InferenceClient:
         leader.token.role, leader.token.revision = role, oldest.create_revision
         return leader
 
-    async def _at_leader(self, role: _Role, pick: Callable[[Any], Callable[..., Awaitable[Any]]], request: object) -> Any:
-        """Call the leader of a role; while leadership moves, look again until LEADER_TIMEOUT_S is over."""
+    async def _at_leader(
+        self,
+        role: _Role,
+        pick: Callable[[Any], Callable[..., Awaitable[Any]]],
+        request: object,
+        done: type[InferenceError] | None = None,
+    ) -> Any:
+        """Call the leader of a role; while leadership moves or etcd restarts, try again until LEADER_TIMEOUT_S is over.
+
+        Args:
+            role: The role.
+            pick: The method of its stub.
+            request: Must be safe to repeat.
+            done: The error that says, after an attempt of which nobody knows what became, that it was carried out.
+        """
         name, stub_of = role
+        unknown = False
         last: InferenceError = NotLeader(f"no process leads {name}; start one, or wait for the election", role=name)
         try:
             async with asyncio.timeout(LEADER_TIMEOUT_S):
                 while True:
-                    leader = await self._leader(name)
-                    if leader is not None:
-                        try:
+                    try:
+                        leader = await self._leader(name)
+                        if leader is not None:
                             return await self._call(pick(stub_of(self._channel(leader.address))), request)
-                        except (NotLeader, StaleLeader, NetworkError) as err:
-                            last = err
+                    except (NotLeader, StaleLeader, NetworkError, EtcdUnavailable) as err:
+                        if isinstance(err, StoreReplaced) or not self._etcd_answered:
+                            raise  # a person must do something about it
+                        unknown = unknown or isinstance(err, NetworkError | EtcdOutcomeUnknown)
+                        last = err
+                    except InferenceError as err:
+                        if done is not None and unknown and isinstance(err, done):
+                            return None
+                        raise
                     await asyncio.sleep(LEADER_RETRY_S)
         except TimeoutError:
             raise last from None
