@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from inference_runtime.v1 import common_pb2
 
-__all__ = ["Booking", "Device", "Need", "Refusal", "host_of", "misfit", "place"]
+__all__ = ["Booking", "Device", "Need", "Refusal", "host_of", "lost_devices", "misfit", "place"]
 
 #: A device: host name, index.
 Device = tuple[str, int]
@@ -72,9 +72,20 @@ def misfit(need: Need, engine: common_pb2.Engine) -> str:
         found = engine.node.labels.get(label)
         if found != value:
             return f"its node has {label}={found}, not {value}" if found is not None else f"its node has no label {label}={value}"
-    if need.accelerators and need.accelerators > len(engine.node.accelerators):
-        return f"its node has {len(engine.node.accelerators)} accelerators, {need.accelerators} are needed"
+    if need.accelerators:
+        devices = engine.node.accelerators
+        broken = [device for device in devices if device.unschedulable]
+        if need.accelerators > len(devices):
+            return f"its node has {len(devices)} accelerators, {need.accelerators} are needed"
+        if need.accelerators > len(devices) - len(broken):
+            why = "; ".join(f"accelerator {device.index}: {device.unschedulable}" for device in broken)
+            return f"{len(broken)} of its {len(devices)} accelerators take nothing ({why}), {need.accelerators} are needed"
     return ""
+
+
+def lost_devices(accelerators: Collection[int], engine: common_pb2.Engine) -> bool:
+    """Whether one of these devices of an engine's host takes nothing any more."""
+    return bool(accelerators) and any(d.unschedulable for d in engine.node.accelerators if d.index in accelerators)
 
 
 def place(
@@ -100,7 +111,8 @@ def place(
             reason = "it drains"
         if not reason and need.accelerators:
             host = host_of(engine)
-            free = sorted({device.index for device in engine.node.accelerators if (host, device.index) not in taken})
+            devices = [device for device in engine.node.accelerators if not device.unschedulable]
+            free = sorted({device.index for device in devices if (host, device.index) not in taken})
             if host in closed_hosts:
                 reason = "a replica that is being stopped there still holds accelerators"
             elif len(free) < need.accelerators:

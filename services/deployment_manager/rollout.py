@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from inference_runtime.v1 import common_pb2, deployment_pb2
-from services.deployment_manager.placement import Booking, Need, Refusal, host_of, misfit, place
+from services.deployment_manager.placement import Booking, Need, Refusal, host_of, lost_devices, misfit, place
 
 __all__ = ["Plan", "World", "need_of", "plan_deployment"]
 
@@ -120,7 +120,7 @@ def plan_deployment(deployment: deployment_pb2.Deployment, world: World) -> Plan
         engine = world.engines.get(assignment.engine_id)
         if assignment.engine_id in world.gone:
             lost.append(assignment)
-        elif not _same_replica(assignment, deployment) or (engine is not None and not _stays(need, engine)):
+        elif not _same_replica(assignment, deployment) or (engine is not None and not _stays(need, assignment, engine)):
             outdated.append(assignment)
         else:
             current.append(assignment)
@@ -165,8 +165,10 @@ def _same_replica(assignment: common_pb2.Assignment, deployment: deployment_pb2.
     return old == new
 
 
-def _stays(need: Need, engine: common_pb2.Engine) -> bool:
-    return engine.state != common_pb2.ENGINE_STATE_DRAINING and not misfit(need, engine)
+def _stays(need: Need, assignment: common_pb2.Assignment, engine: common_pb2.Engine) -> bool:
+    if engine.state == common_pb2.ENGINE_STATE_DRAINING or misfit(need, engine):
+        return False
+    return not lost_devices(assignment.accelerators, engine)
 
 
 def _replica(assignment: common_pb2.Assignment, world: World) -> common_pb2.Replica | None:

@@ -11,6 +11,7 @@ from inference_runtime.rpc import RpcServer
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1 import common_pb2
 from inference_runtime.v1.engine_service_pb2_grpc import add_EngineServiceServicer_to_server
+from services.engine.accelerators import find_accelerators
 from services.engine.node import LoadReporter, Node, engine_record
 from services.engine.replicas import Replicas
 from services.engine.service import EngineService
@@ -29,9 +30,18 @@ async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
     stop = stop_signal()
     etcd = etcd_client(settings.etcd, telemetry.metrics)
     async with etcd, Registration(etcd, ttl_s=settings.etcd.lease_ttl_s) as records:  # the lease is revoked last
-        engine, leaders = engine_record(settings), LeaderObserver(etcd, "coordinator")
+        engine = engine_record(settings, await asyncio.to_thread(find_accelerators))
+        leaders = LeaderObserver(etcd, "coordinator")
         node = Node(etcd, records, engine)
-        replicas = Replicas(engine, settings, telemetry, publish=node.publish, withdraw=node.withdraw, hang_s=settings.hang_s)
+        replicas = Replicas(
+            engine,
+            settings,
+            telemetry,
+            publish=node.publish,
+            withdraw=node.withdraw,
+            publish_engine=node.publish_engine,
+            hang_s=settings.hang_s,
+        )
         sessions = telemetry.metrics.gauge("inference_sessions")
         service = EngineService(replicas, settings.session_buffer_chunks, sessions, node.caught_up)
         loads = LoadReporter(replicas, leaders, settings.load_interval_s, settings.load_refresh_s)

@@ -30,7 +30,7 @@ from inference_runtime.errors import (
 from inference_runtime.generation import FinishReason, SamplingParams
 from inference_runtime.runner import RunnerConfig, RunnerInfo, Runtime
 from inference_runtime.stepping import StepReport
-from inference_runtime.supervision import DEFAULT_POLICY, GaveUp, RestartPolicy
+from inference_runtime.supervision import DEFAULT_POLICY, ContextFault, Fault, GaveUp, RestartPolicy
 from inference_runtime.telemetry import get_logger
 from services.engine.admission import Admission
 from services.engine.context import ContextFactory
@@ -111,6 +111,8 @@ class EngineCore:
         self.state = CoreState.LOADING
         #: One sentence where the state needs one.
         self.reason = ""
+        #: Of the context that it gave up on.
+        self.last_fault: Fault | None = None
         #: Time after which a stream that its reader grants no credit is cut off, seconds.
         self.stall_s = stall_s
         #: What was loaded; None before that.
@@ -145,6 +147,7 @@ class EngineCore:
                 await asyncio.get_running_loop().run_in_executor(self._tokenisers, self._make_codec)
                 await self._worker.run()
             except (GaveUp, InferenceError) as err:
+                self.last_fault = err.__cause__.fault if isinstance(err.__cause__, ContextFault) else None
                 self._give_up(str(err))
             except Exception as err:  # a runtime is foreign code: whatever it raises ends this replica, not the engine
                 log.error("replica failed", replica=self.replica_id, exc_info=err)
@@ -216,6 +219,7 @@ class EngineCore:
     def reset(self) -> None:
         """Forget why it failed, so that `run` may be called again. Only for a replica in FAILED whose `run` is over."""
         self._worker.reset()
+        self.last_fault = None
         self._set_state(CoreState.LOADING, "")
 
     def _set_state(self, state: CoreState, reason: str) -> None:

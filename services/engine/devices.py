@@ -15,7 +15,16 @@ from typing import Any, Protocol
 from inference_runtime.settings import environment
 from inference_runtime.telemetry import get_logger
 
-__all__ = ["Devices", "NoDevices", "NvmlDevices", "find_devices", "oom_kills"]
+__all__ = [
+    "Devices",
+    "NoDevices",
+    "NvmlDevices",
+    "device_handle",
+    "find_devices",
+    "needed_recovery",
+    "oom_kills",
+    "visible_devices",
+]
 
 log = get_logger(__name__)
 
@@ -97,18 +106,23 @@ class NvmlDevices:
         return all(now <= before + RELEASE_SLACK_BYTES for now, before in zip(self._used(), self._before, strict=True))
 
     def _recovery_action(self) -> int:
-        field = getattr(self._nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)
-        if field is None:
-            return 0
-        for handle in self._handles:
-            try:
-                value = self._nvml.nvmlDeviceGetFieldValues(handle, [field])[0]
-            except self._nvml.NVMLError as err:
-                log.warning("recovery action cannot be read", error=str(err))
-                continue
-            if value.nvmlReturn == self._nvml.NVML_SUCCESS and value.value.uiVal:
-                return int(value.value.uiVal)
+        return needed_recovery(self._nvml, self._handles)
+
+
+def needed_recovery(nvml: Any, handles: Sequence[Any]) -> int:
+    """The first action of these devices that is not none; 0 where the driver asks for nothing or does not know the question."""
+    field = getattr(nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)
+    if field is None:
         return 0
+    for handle in handles:
+        try:
+            value = nvml.nvmlDeviceGetFieldValues(handle, [field])[0]
+        except nvml.NVMLError as err:
+            log.warning("recovery action cannot be read", error=str(err))
+            continue
+        if value.nvmlReturn == nvml.NVML_SUCCESS and value.value.uiVal:
+            return int(value.value.uiVal)
+    return 0
 
 
 def find_devices(accelerators: Sequence[int]) -> Devices:
@@ -122,14 +136,21 @@ def find_devices(accelerators: Sequence[int]) -> Devices:
         return NoDevices()
     try:
         nvml.nvmlInit()
-        visible = [d for d in environment().get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-        return NvmlDevices(nvml, [_handle(nvml, visible, index) for index in accelerators])
+        visible = visible_devices() or []
+        return NvmlDevices(nvml, [device_handle(nvml, visible, index) for index in accelerators])
     except nvml.NVMLError as err:
         log.warning("devices cannot be watched", error=str(err))
         return NoDevices()
 
 
-def _handle(nvml: Any, visible: Sequence[str], index: int) -> Any:
+def visible_devices() -> list[str] | None:
+    """What this process may see, as it was told; None when it may see everything."""
+    told = environment().get("CUDA_VISIBLE_DEVICES")
+    return None if told is None else [name for name in told.split(",") if name]
+
+
+def device_handle(nvml: Any, visible: Sequence[str], index: int) -> Any:
+    """NVML's handle of a device by its index among those that are visible."""
     name = visible[index] if index < len(visible) else str(index)
     return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
 

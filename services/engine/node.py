@@ -11,7 +11,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grpc
 from google.protobuf import timestamp_pb2
@@ -47,8 +47,8 @@ _ROLES = {
 }
 
 
-def engine_record(settings: EngineSettings) -> common_pb2.Engine:
-    """This engine as it registers itself. The address follows once it is bound."""
+def engine_record(settings: EngineSettings, accelerators: Sequence[common_pb2.Accelerator] = ()) -> common_pb2.Engine:
+    """This engine as it registers itself, with the devices that it offers. The address follows once it is bound."""
     boot_id = secrets.token_hex(8)
     return common_pb2.Engine(
         id=settings.engine_id or f"engine-{boot_id[:8]}",
@@ -58,6 +58,7 @@ def engine_record(settings: EngineSettings) -> common_pb2.Engine:
             roles=[_ROLES[role] for role in settings.node.roles],
             cpu_cores=os.cpu_count() or 1,
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            accelerators=accelerators,
             labels=settings.node.labels,
         ),
         runtimes=installed_runtimes(),
@@ -128,6 +129,10 @@ class Node:
     def set_state(self, state: common_pb2.EngineState) -> None:
         """Change the engine's own record."""
         self.engine.state = state
+        self.publish_engine()
+
+    def publish_engine(self) -> None:
+        """Note the engine's own record for writing, as it is now."""
         self._note(keys.engine(self.engine.id), self.engine.SerializeToString())
 
     def _note(self, key: str, value: bytes | None) -> None:

@@ -16,6 +16,7 @@ from inference_runtime.supervision import DEFAULT_POLICY, RestartPolicy
 from inference_runtime.telemetry import Telemetry, get_logger
 from inference_runtime.v1 import common_pb2, engine_service_pb2
 from inference_runtime.wire import capabilities_to_proto, spec_from_proto
+from services.engine.accelerators import mark_devices, why_broken
 from services.engine.core import CoreState, EngineCore
 from services.engine.hosting import choose_isolation, process_contexts, thread_contexts
 from services.engine.measures import CoreMetrics
@@ -59,6 +60,7 @@ class Replicas:
         telemetry: Where metrics go.
         publish: Called with a replica whenever its record changed.
         withdraw: Called with deployment and id once a replica is gone.
+        publish_engine: Called when the engine's own record changed.
         policy: When restarts of a context are too many.
         hang_s: Least time without a step after which a context in a process counts as hung, seconds.
         trials_s: Time that finding the cause of a context's death may keep other requests waiting, seconds.
@@ -72,6 +74,7 @@ class Replicas:
         *,
         publish: Callable[[common_pb2.Replica], None],
         withdraw: Callable[[str, str], None],
+        publish_engine: Callable[[], None] = lambda: None,
         policy: RestartPolicy = DEFAULT_POLICY,
         hang_s: float = HANG_S,
         trials_s: float = TRIALS_S,
@@ -81,7 +84,7 @@ class Replicas:
         self.callers: Callable[[], int] = lambda: 1
         self._settings = settings
         self._drain = self._new_drain()
-        self._publish, self._withdraw = publish, withdraw
+        self._publish, self._withdraw, self._publish_engine = publish, withdraw, publish_engine
         self._policy, self._hang_s, self._trials_s, self._spawner = policy, hang_s, trials_s, Spawner()
         self._ready_s = settings.ready_s
         self._metrics = CoreMetrics(telemetry)
@@ -228,7 +231,12 @@ class Replicas:
             self._start(then)
 
     def _note(self, hosted: _Hosted) -> None:
-        """A core changed: publish it, and wake whoever waits for a state."""
+        """A core changed: publish it, and wake whoever waits for a state. A device that ended it takes nothing any more."""
+        core, devices = hosted.core, hosted.assignment.accelerators
+        why = why_broken(core.last_fault) if core is not None and core.last_fault is not None else ""
+        if why and mark_devices(self.engine, devices, why):
+            log.error("accelerators are broken", accelerators=list(devices), reason=why)
+            self._publish_engine()
         self._publish(self._record(hosted))
         self._changed.set()
         self._changed = asyncio.Event()
@@ -290,6 +298,8 @@ class Replicas:
         elif hosted.core.state is CoreState.FAILED:
             assert self._group is not None, "run() comes first"
             log.info("replica is reset", replica=replica_id, deployment=hosted.assignment.deployment)
+            if mark_devices(self.engine, hosted.assignment.accelerators, ""):  # the operator says so
+                self._publish_engine()
             hosted.core.reset()
             hosted.task = self._group.create_task(self._run_again(hosted.core, hosted.task), name=f"replica-{replica_id}")
 

@@ -73,8 +73,9 @@ class ScriptedOptions:
         max_context_tokens: Prompt and output together.
         poison_at_step: Raise ContextPoisoned in this step. 0: never.
         poison_at_token: Raise ContextPoisoned instead of this token of all tokens. 0: never.
-        sticky_at_token: From this token on, of all tokens, every call fails with code 710 until the process ends, in every later
-            life of this (model, options) too: what a device-side assert does to a process. 0: never.
+        sticky_at_token: From this token on, of all tokens, every call fails with `sticky_code` until the process ends, in every
+            later life of this (model, options) too: what a device-side assert does to a process. 0: never.
+        sticky_code: CUDA's code of that error. 710 is a device-side assert, 214 an uncorrectable error of the device's memory.
         poison_on: Raise ContextPoisoned in each step that would give tokens to a prompt with this text, in every life. "": never.
         poison_times: Lives that are poisoned, for each (model, options) in a process. 0: every life.
         fail_admit: Refuse every sequence whose number is a multiple of this with ServerError. 0: none, 1: all.
@@ -95,6 +96,7 @@ class ScriptedOptions:
     poison_at_step: int = 0
     poison_at_token: int = 0
     sticky_at_token: int = 0
+    sticky_code: int = 710
     poison_on: str = ""
     poison_times: int = 1
     fail_admit: int = 0
@@ -353,7 +355,7 @@ class ScriptedRunner:
 
     def _check_stuck(self) -> None:
         if self._options.sticky_at_token and _lives.stuck(self._config):
-            raise AcceleratorError("the scripted device asserted (sticky_at_token)", 710)
+            raise AcceleratorError("the scripted device asserted (sticky_at_token)", self._options.sticky_code)
 
     def _fault(self, now: float) -> None:
         """Fail here, if the options say so."""

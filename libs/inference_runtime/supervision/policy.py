@@ -35,6 +35,8 @@ __all__ = [
 STICKY_CODES = frozenset({226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911})
 #: CUDA errors of the device or of the build, met again by any context: uncorrectable ECC, NVLink, no kernel or PTX for it.
 DEVICE_CODES = frozenset({214, 220, 209, 222})
+#: Of those, the device's own: no context of any build will work on it.
+BROKEN_DEVICE_CODES = frozenset({214, 220})
 #: CUDA errors that at the start mean that there is no usable device: no initialisation, driver too old, no device, wrong ordinal.
 START_CODES = frozenset({3, 35, 100, 101})
 #: CUDA errors that at the start may pass: device busy or unavailable, system not yet initialised.

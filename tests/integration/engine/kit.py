@@ -96,6 +96,7 @@ class EngineUnderTest:
         self.telemetry = Telemetry("engine", TelemetrySettings())
         self.published: list[common_pb2.Replica] = []
         self.withdrawn: list[str] = []
+        self.engine_records = 0
         self.on_publish: Callable[[common_pb2.Replica], None] | None = None
         self.on_withdraw: Callable[[str, str], None] | None = None
         self.replicas = Replicas(
@@ -104,6 +105,7 @@ class EngineUnderTest:
             self.telemetry,
             publish=self._published,
             withdraw=self._withdrawn,
+            publish_engine=self._published_engine,
             policy=policy,
             hang_s=hang_s,
             trials_s=trials_s,
@@ -119,6 +121,9 @@ class EngineUnderTest:
         self.published.append(replica)
         if self.on_publish is not None:
             self.on_publish(replica)
+
+    def _published_engine(self) -> None:
+        self.engine_records += 1
 
     def _withdrawn(self, deployment: str, replica_id: str) -> None:
         self.withdrawn.append(replica_id)

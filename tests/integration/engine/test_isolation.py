@@ -269,3 +269,25 @@ async def test_two_hundred_restarts_leave_nothing_behind() -> None:
     grown_mib, before, after = await restart_many(200)
     assert after == before
     assert grown_mib <= 5.0
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+async def test_a_device_that_is_broken_ends_its_replica_and_takes_nothing_more(isolation: str) -> None:
+    """An error of the device's memory is met again by every context: no restart, the device is marked in the engine's record, and
+    an operator's reset takes the mark away."""
+    async with running_engine() as engine, session(engine) as gateway:
+        record = engine.replicas.engine
+        record.node.accelerators.extend(common_pb2.Accelerator(index=i) for i in range(2))
+        config = {"pace_s": 0.002, "sticky_at_token": 5, "sticky_code": 214}
+        await engine.host(assignment(f"ecc-{isolation}", config, isolation=isolation, accelerators=(1,)))
+        await gateway.send(submission(1, f"ecc-{isolation}", sampling=LONG))
+        assert isinstance((await gateway.answer(1)).error, ContextPoisoned)
+        replica = f"ecc-{isolation}-0"
+        await until(lambda: engine.replica(replica).state == FAILED, "it fails")
+        assert engine.replica(replica).restarts == 0
+        assert [bool(a.unschedulable) for a in record.node.accelerators] == [False, True]
+        assert "214" in record.node.accelerators[1].unschedulable
+        assert engine.engine_records == 1
+        engine.replicas.reset(replica)
+        assert [a.unschedulable for a in record.node.accelerators] == ["", ""]
+        assert engine.engine_records == 2

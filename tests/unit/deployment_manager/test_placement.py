@@ -90,6 +90,18 @@ def test_a_refusal_is_a_sentence_over_all_engines() -> None:
     )
 
 
+def test_a_device_that_takes_nothing_is_not_booked() -> None:
+    """R12: its engine may use the others, and the refusal says what is wrong with it."""
+    sick = engine("e1", gpus=3)
+    sick.node.accelerators[1].unschedulable = "its memory is broken"
+    (one,) = place_all(Need("a", "scripted", accelerators=2), 1, [sick])
+    assert one.accelerators == (0, 2)
+    assert refusal(Need("a", "scripted", accelerators=3), [sick]).reasons == {
+        "e1": "1 of its 3 accelerators take nothing (accelerator 1: its memory is broken), 3 are needed"
+    }
+    assert isinstance(place(Need("b", "scripted"), [sick], []), Booking)
+
+
 def test_trap_31_accelerators_are_never_booked_twice() -> None:
     """Trap 31, P01: each replica gets devices of its own, and the refusal counts what is left."""
     engines = [engine("e1", gpus=4)]

@@ -348,6 +348,26 @@ def test_a_replica_leaves_a_node_that_no_longer_fits() -> None:
     assert [a.engine_id for a in c.assignments.values()] == ["e2"]
 
 
+def test_a_replica_leaves_a_device_that_is_broken() -> None:
+    """It gets another one where there is one; without, it stays with its reason until a person repairs what is broken."""
+    c = cluster(engine("e1", gpus=2))
+    wanted = deployment(accelerators=1)
+    c.settle(wanted)
+    (first,) = c.assignments.values()
+    assert tuple(first.accelerators) == (0,)
+    c.engines["e1"].node.accelerators[0].unschedulable = "its memory is broken"
+    c.replicas[first.replica_id].state = FAILED
+    plan = c.settle(wanted)
+    assert plan.state == State.DEPLOYMENT_STATE_SERVING
+    (second,) = c.assignments.values()
+    assert tuple(second.accelerators) == (1,)
+    c.engines["e1"].node.accelerators[1].unschedulable = "so is this one"
+    c.replicas[second.replica_id].state = FAILED
+    plan = c.settle(wanted)
+    assert not plan.ready
+    assert "so is this one" in plan.reason
+
+
 @dataclass(frozen=True)
 class Act:
     kind: str
