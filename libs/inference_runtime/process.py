@@ -20,6 +20,7 @@ from inference_runtime.errors import InferenceError
 from inference_runtime.rpc import RpcServer
 from inference_runtime.settings import EtcdSettings, ServiceSettings, SettingsError, load_settings
 from inference_runtime.telemetry import MetricSet, Telemetry, get_logger, setup_telemetry
+from inference_runtime.telemetry.loop import watched
 
 __all__ = ["Singleton", "etcd_client", "run_service", "serve_singleton", "speak", "stop_signal"]
 
@@ -106,7 +107,7 @@ def run_service(cls: type[S], serve: Callable[[S, Telemetry], Awaitable[None]], 
 
 
 async def _main(settings: S, telemetry: Telemetry, serve: Callable[[S, Telemetry], Awaitable[None]]) -> None:
-    await serve(settings, telemetry)
+    await watched(telemetry.metrics, serve(settings, telemetry))
 
 
 class Singleton(Protocol):

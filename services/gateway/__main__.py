@@ -14,6 +14,7 @@ from inference_runtime.coordination.election import LeaderObserver
 from inference_runtime.process import etcd_client, speak, stop_signal
 from inference_runtime.settings import load_settings
 from inference_runtime.telemetry import Telemetry, get_logger, setup_telemetry
+from inference_runtime.telemetry.loop import watched
 from services.gateway.http.server import listen
 from services.gateway.parent import parent_gone, run_workers
 from services.gateway.settings import GatewaySettings, check_exposure
@@ -66,7 +67,7 @@ def main() -> None:
             run_workers(settings, argv)
             return
         with contextlib.closing(setup_telemetry(GatewaySettings.service, settings.telemetry)) as telemetry:
-            uvloop.run(serve(settings, telemetry))
+            uvloop.run(watched(telemetry.metrics, serve(settings, telemetry)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_store_refused": ("", "1 while etcd is not the store that was followed, and waits to be acknowledged"),
     "inference_watch_restarts_total": ("", "Watches that had to be re-listed"),
     "inference_replicas": ("", "Replicas by deployment and state"),
+    "inference_loop_blocked_seconds": ("s", "Times that the event loop of a process was blocked for 0.2 s or more"),
     "inference_rpc_seconds": ("s", "Duration of a unary call, by method"),
 }
 
