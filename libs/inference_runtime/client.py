@@ -141,7 +141,7 @@ class InferenceClient:
                     detail.stop_sequence,
                 )
         except grpc.aio.AioRpcError as err:
-            raise error_from_rpc(err) from err
+            raise _failure(err) from err
         finally:
             call.cancel()
 
@@ -281,7 +281,7 @@ class InferenceClient:
         try:
             return await method(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as err:
-            raise error_from_rpc(err) from err
+            raise _failure(err) from err
 
     @property
     def _etcd_answered(self) -> bool:
@@ -336,6 +336,14 @@ class InferenceClient:
                     await asyncio.sleep(LEADER_RETRY_S)
         except TimeoutError:
             raise last from None
+
+
+def _failure(err: grpc.aio.AioRpcError) -> InferenceError:
+    """The exception behind a failed call. What a service cancelled because it was ending is a broken connection to us: a
+    cancellation of our own never comes as a status."""
+    if err.code() is grpc.StatusCode.CANCELLED:
+        return NetworkError("the service ended before it answered; ask again")
+    return error_from_rpc(err)
 
 
 _Role = tuple[str, Callable[[grpc.aio.Channel], Any]]
