@@ -160,7 +160,8 @@ class RouteTable:
     ) -> None:
         self._link_to, self._on_change = link_to, on_change
         metrics = metrics or MetricSet()
-        self._shunned = metrics.gauge("inference_replicas_shunned", "deployment", "cause")
+        self._silent = metrics.gauge("inference_replicas_silent", "deployment")
+        self._ejected = metrics.gauge("inference_replicas_ejected", "deployment")
         self._ejections = metrics.counter("inference_replica_ejections_total", "deployment")
         self._reviewed_at = 0.0
         self._engines: dict[str, tuple[str, str]] = {}
@@ -250,7 +251,8 @@ class RouteTable:
             target.pace.waits.clear()  # those of the next look only
 
     def _review(self, now: float) -> None:
-        self._shunned.clear()
+        self._silent.clear()
+        self._ejected.clear()
         for route in self.routes.values():
             heard = [target for target in route.targets if target.usable and not target.link.silent]
             for target in review(heard, now) if len(route.targets) > 1 else ():
@@ -260,12 +262,11 @@ class RouteTable:
                     deployment=route.deployment, replica=target.replica_id, for_s=round(target.trust.until - now),
                 )  # fmt: skip
             for target in route.targets:
-                if target.usable and target.link.silent:
-                    self._shunned.inc(route.deployment, "silent")
-                elif not target.usable:
+                if not target.usable:
                     target.pace.clear()  # what comes back is another replica, or was idle
-                elif target.trust.standing is not Standing.FULL:
-                    self._shunned.inc(route.deployment, "slow")
+            usable = [target for target in route.targets if target.usable]
+            self._silent.set(sum(target.link.silent for target in usable), route.deployment)
+            self._ejected.set(sum(target.trust.standing is not Standing.FULL for target in usable), route.deployment)
 
     def shunned(self) -> dict[str, list[str]]:
         """Replicas that get few requests or none where there are others, by cause."""

@@ -222,7 +222,8 @@ def test_r_08_the_table_puts_a_slow_replica_aside_and_shows_it(net: Net) -> None
     assert chosen(table) == {"b", "c"}
     assert table.shunned() == {"slow": ["a"]}
     text = metrics.prometheus_text().decode()
-    assert 'inference_replicas_shunned{deployment="demo",cause="slow"} 1' in text
+    assert 'inference_replicas_ejected{deployment="demo"} 1' in text
+    assert 'inference_replicas_silent{deployment="demo"} 0' in text
     assert 'inference_replica_ejections_total{deployment="demo"} 1' in text
     net.lines["engine-of-a", "a:1"].up = False
     table.sweep(109.0)
