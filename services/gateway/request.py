@@ -381,6 +381,8 @@ class Request:
         target = self._target
         if target is None or self.ended:
             return
+        if deaths := error.metadata.get("context_deaths"):  # whoever goes on must know that it may be what killed them
+            self.submission.context_deaths = int(deaths)
         self._leave(target, told=told)
         if (error.retry is Retry.ELSEWHERE and not isinstance(error, _NO_FAULT)) or isinstance(error, Internal):
             target.outcomes.failed(time.monotonic())

@@ -103,6 +103,22 @@ async def test_a_stream_that_breaks_goes_on_behind_its_last_token(start: Start, 
         assert gateway.metric('inference_resumptions_total{deployment="demo",outcome="resumed"}') == 1
 
 
+async def test_the_count_of_context_deaths_travels_with_a_stream(start: Start) -> None:
+    """PP-1: who goes on with it must know that it may be what killed the contexts it was on."""
+    async with peer("a") as a, peer("b") as b, start() as gateway:
+        await gateway.route(deployment_route(a.replica("demo"), b.replica("demo")))
+        asking = asyncio.create_task(gateway.chat(stream=True))
+        first = await whichever_has_it(a, b)
+        other = b if first is a else a
+        s = await first.submission()
+        assert s.context_deaths == 0
+        first.send(Row(s, 0, [1], "a"), error_row(s, ContextPoisoned("the replica failed", context_deaths="2"), 1))
+        t = await other.submission()
+        assert t.context_deaths == 2
+        other.send(last_row(t, 1, [2], "b"))
+        assert text_of(await asking) == "ab"
+
+
 async def test_a_whole_answer_that_went_on_elsewhere_says_so(start: Start) -> None:
     async with peer("a") as a, start() as gateway:
         await gateway.route(deployment_route(a.replica("demo")))
