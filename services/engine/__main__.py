@@ -16,6 +16,7 @@ from services.engine.node import LoadReporter, Node, engine_record
 from services.engine.replicas import Replicas
 from services.engine.service import EngineService
 from services.engine.settings import EngineSettings
+from services.engine.shared_quarantine import SharedQuarantine
 
 log = get_logger(__name__)
 
@@ -45,13 +46,14 @@ async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
         sessions = telemetry.metrics.gauge("inference_sessions")
         service = EngineService(replicas, settings.session_buffer_chunks, sessions, node.caught_up)
         loads = LoadReporter(replicas, leaders, settings.load_interval_s, settings.load_refresh_s)
+        quarantine = SharedQuarantine(etcd, replicas.quarantine, engine.id)
         server = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
         server.add(add_EngineServiceServicer_to_server, service, "inference_runtime.v1.EngineService")
         bound = await server.start()
         engine.address = settings.rpc.advertise or bound
         async with asyncio.TaskGroup() as group:
-            parts = (leaders.run(), replicas.run(), node.write_records(), node.follow_assignments(replicas), loads.run())
-            tasks = [group.create_task(part) for part in parts]
+            control = (leaders.run(), node.write_records(), node.follow_assignments(replicas), quarantine.run())
+            tasks = [group.create_task(part) for part in (replicas.run(), *control, loads.run())]
             node.set_state(common_pb2.ENGINE_STATE_READY)
             await server.set_serving(True)
             log.info("serving", address=engine.address, engine=engine.id)

@@ -47,15 +47,16 @@ class Admission:
     Args:
         name: Of the replica, in sentences.
         revision: Of the deployment.
+        quarantine: Who must not enter.
     """
 
-    def __init__(self, name: str, revision: str) -> None:
+    def __init__(self, name: str, revision: str, quarantine: Quarantine) -> None:
         self._name, self._revision = name, revision
         #: Of the admitted, those that are ready to run.
         self.room: WaitingRoom[Stream] = WaitingRoom(0, 0)
         self.watermark = Watermark()
         self._turnover = Turnover()
-        self._quarantine = Quarantine()
+        self._quarantine = quarantine
 
     def resize(self, info: RunnerInfo, most_streams: int) -> None:
         """Bound the room. While the context is away, those that would run wait too: it holds everybody."""

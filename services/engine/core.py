@@ -39,6 +39,7 @@ from services.engine.measures import CoreMetrics
 from services.engine.preparing import Prepared, Preparer, is_short
 from services.engine.probation import TRIALS_S
 from services.engine.process_context import HANG_S
+from services.engine.quarantine import Quarantine
 from services.engine.queue import cost_tokens
 from services.engine.stream import STALL_S, Outlet, Stream
 from services.engine.submission import Submission
@@ -86,6 +87,7 @@ class EngineCore:
         ready_s: Age of the last step, or of the canary's last answer, beyond which it is not ready, seconds.
         hang_s: Least time without either that is taken for a hang, seconds.
         trials_s: Time that finding the cause of a context's death may keep other requests waiting, seconds.
+        quarantine: Requests that it refuses, shared with other replicas; None: of its own.
         on_change: Called when state, reason, info or restarts changed.
     """
 
@@ -105,6 +107,7 @@ class EngineCore:
         ready_s: float = READY_S,
         hang_s: float = HANG_S,
         trials_s: float = TRIALS_S,
+        quarantine: Quarantine | None = None,
         on_change: Callable[[EngineCore], None],
     ) -> None:
         self.replica_id, self.spec, self.revision, self.runtime = replica_id, spec, revision, runtime
@@ -132,7 +135,7 @@ class EngineCore:
         self._numbers = itertools.count(1)
         self._streams: dict[int, Stream] = {}  # admitted and not ended
         self._running: set[Stream] = set()  # of those, the ones with the worker
-        self._admission = Admission(self._name, revision)
+        self._admission = Admission(self._name, revision, Quarantine() if quarantine is None else quarantine)
         self._aborting: dict[int, float] = {}
         self._admits = True
 

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from inference_runtime.generation import SamplingParams
 
@@ -49,12 +49,23 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._until_s: OrderedDict[bytes, float] = OrderedDict()  # oldest first
+        #: Called with what was found here.
+        self.on_found: Callable[[bytes], None] = lambda key: None
 
     def __len__(self) -> int:
         return len(self._until_s)
 
     def add(self, key: bytes, now_s: float) -> None:
-        """Refuse this one from now on."""
+        """Refuse this one from now on: it was found here."""
+        self.learn(key, now_s)
+        self.on_found(key)
+
+    def forget(self, key: bytes) -> None:
+        """Refuse it no more. No-op for one that is not refused."""
+        self._until_s.pop(key, None)
+
+    def learn(self, key: bytes, now_s: float) -> None:
+        """Refuse this one from now on: it was found elsewhere."""
         self._until_s.pop(key, None)
         self._until_s[key] = now_s + QUARANTINE_S
         if len(self._until_s) > MAX_FINGERPRINTS:

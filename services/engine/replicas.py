@@ -22,6 +22,7 @@ from services.engine.hosting import choose_isolation, process_contexts, thread_c
 from services.engine.measures import CoreMetrics
 from services.engine.probation import TRIALS_S
 from services.engine.process_context import HANG_S
+from services.engine.quarantine import Quarantine
 from services.engine.settings import EngineSettings
 from services.engine.spawner import Spawner
 from services.engine.stream import Outlet, Stream
@@ -89,6 +90,8 @@ class Replicas:
         self._ready_s = settings.ready_s
         self._metrics = CoreMetrics(telemetry)
         self._tokenisers = ThreadPoolExecutor(settings.tokenise_threads, thread_name_prefix="tokenise")
+        #: Requests that killed contexts, of whichever replica.
+        self.quarantine = Quarantine()
         self._hosted: dict[str, _Hosted] = {}
         self._group: asyncio.TaskGroup | None = None
         self._changed = asyncio.Event()  # set and replaced at each change of a core
@@ -192,6 +195,7 @@ class Replicas:
                 ready_s=self._ready_s,
                 hang_s=self._hang_s,
                 trials_s=self._trials_s,
+                quarantine=self.quarantine,
                 on_change=lambda core: self._note(hosted),
             )
         except InferenceError as err:

@@ -12,6 +12,7 @@ __all__ = [
     "ENGINES",
     "GATEWAYS",
     "LIMITS",
+    "QUARANTINE",
     "REPLICAS",
     "ROOT",
     "STORE",
@@ -23,6 +24,7 @@ __all__ = [
     "election_prefix",
     "engine",
     "gateway",
+    "quarantined",
     "replica",
     "replicas_of",
     "segments",
@@ -37,6 +39,7 @@ GATEWAYS = ROOT + "gateways/"
 REPLICAS = ROOT + "replicas/"
 API_KEYS = ROOT + "keys/"
 LIMITS = ROOT + "limits/"
+QUARANTINE = ROOT + "quarantine/"
 #: The store's own id, see `identity`. One key, no prefix.
 STORE = ROOT + "store"
 
@@ -83,6 +86,11 @@ def replicas_of(deployment_name: str) -> str:
     if not deployment_name:
         raise BadRequest("A deployment needs a name.", param="name")
     return f"{REPLICAS}{deployment_name.replace('%', '%25').replace('/', '%2F')}/"
+
+
+def quarantined(fingerprint: str) -> str:
+    """A request that killed contexts, by the digest of what a device sees of it; leased."""
+    return QUARANTINE + _segment("fingerprint", fingerprint)
 
 
 def replica(deployment_name: str, replica_id: str) -> str:
