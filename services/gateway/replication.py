@@ -158,10 +158,12 @@ class Replicator:
         self.keeper = keeper
         self._dropped.clear()
         for stream in self._streams.values():
+            # Until the new one has them, what the old one has counts: it may well live.
             stream.waits, stream.sent = True, 0
-            stream.request.copied = -1 if keeper is None else 0
             if keeper is None:
                 stream.on_safe()
+            elif stream.request.copied < 0:
+                stream.request.copied = 0
 
     def _collect(self, now: float) -> tuple[ReplicateRequest | None, set[int]]:
         """What came up, as far as it fits, and which of it ends with that."""
