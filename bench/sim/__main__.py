@@ -58,8 +58,8 @@ class Size:
     gateways: int
 
     def specs(self) -> list[deployment_pb2.Deployment]:
-        """One deployment with a replica for each engine, others with one, two or four; a tenth of them need an accelerator."""
-        found = [_deployment(WIDE, self.engines, 0)]
+        """One deployment with a replica on every tenth engine, others with one, two or four; a tenth of them need an accelerator."""
+        found = [_deployment(WIDE, max(1, self.engines // 10), 0)]
         for at in range(1, self.deployments):
             found.append(_deployment(f"model-{at:05d}", (1, 1, 1, 2, 2, 4)[at % 6] if at % 10 else 1, int(at % 10 == 0)))
         return found
@@ -260,7 +260,7 @@ async def simulate(size: Size, seed: int) -> Found:
 
     term = Term(token, key, Candidate("sim", "", 0), client, cast(Lease, _Held()))
     manager = DeploymentManagerSettings()
-    view = View(client)
+    view = View(client, manager.etcd.lease_ttl_s, manager.mass_loss_s)
     table = _TimedTable(client, CoordinatorSettings(), token.to_proto(), TableGauges(MetricSet()))
     table.rebuilds_s = []
     fleet, gateways = Fleet(etcd, size), [Gateway() for _ in range(size.gateways)]
@@ -318,7 +318,9 @@ def _measure(found: Found, view: View, gateway: Gateway, table: _TimedTable, eng
         plan_deployment(record, view.world(engine_gone_s))
     found.look_us = (time.perf_counter() - began) / len(records) * 1e6
 
-    route = gateway.table.routes[WIDE]
+    wide = RouteTable(lambda _engine, _address: _Link())
+    wide.apply(_wide_table(found.engines))
+    route = wide.routes[WIDE]
     rounds = []
     for _ in range(20):
         began = time.perf_counter()
@@ -342,9 +344,19 @@ def _measure(found: Found, view: View, gateway: Gateway, table: _TimedTable, eng
     found.apply_snapshot_ms = (time.perf_counter() - began) * 1e3
 
 
+def _wide_table(replicas: int) -> coordinator_service_pb2.WatchRoutesResponse:
+    """A table of one deployment with a replica on every engine."""
+    message = coordinator_service_pb2.WatchRoutesResponse(snapshot=True, revision=1)
+    line = message.deployments.add(deployment=WIDE, runtime="scripted")
+    for at in range(replicas):
+        line.replicas.add(
+            id=f"{WIDE}-{at}", engine_id=f"engine-{at}", address="10.0.0.1:1", state=common_pb2.REPLICA_STATE_SERVING
+        )
+    return message
+
+
 async def _kill_some(found: Found, fleet: Fleet, gateways: list[Gateway], draw: random.Random, complete: object) -> None:
-    """Engines die; how long until every gateway has as many replicas as before, on others. A replica for each engine is one
-    replica too many then, so the wide deployment gets another place on an engine that has one already."""
+    """Engines die; how long until every gateway has as many replicas as before, on others."""
     took = []
     for engine_id in draw.sample(sorted(fleet.engines), KILLED):
         began = time.monotonic()
