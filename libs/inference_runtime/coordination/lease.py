@@ -12,7 +12,7 @@ from inference_runtime.coordination.errors import EtcdError, EtcdUnavailable, Le
 from inference_runtime.coordination.etcd import EtcdClient, KeepAliveStream
 from inference_runtime.telemetry import get_logger
 
-__all__ = ["DEFAULT_TTL_S", "Lease", "margin_s"]
+__all__ = ["DEFAULT_TTL_S", "Lease", "margin_s", "valid_until"]
 
 log = get_logger(__name__)
 
@@ -30,6 +30,11 @@ def margin_s(ttl_s: float) -> float:
     """How long before its expiry in etcd we stop trusting a lease: max(2 s, 20 %). Half of a lease shorter than 4 s (only tests
     have those)."""
     return min(max(2.0, 0.2 * ttl_s), ttl_s / 2)
+
+
+def valid_until(sent_at: float, ttl_s: float) -> float:
+    """Until when a lease may be relied on, given when the request that was answered had been *sent*: etcd counts from later."""
+    return sent_at + ttl_s - margin_s(ttl_s)
 
 
 class Lease:
@@ -86,7 +91,7 @@ class Lease:
         sent_at = boottime()
         granted = await self._client.grant(self._wanted_ttl_s)
         self._id, self._ttl_s = granted.lease_id, granted.ttl_s
-        self._valid_until = sent_at + granted.ttl_s - margin_s(granted.ttl_s)
+        self._valid_until = valid_until(sent_at, granted.ttl_s)
         self._stream = self._client.keep_alive(self._id)
 
     async def run(self) -> None:
@@ -110,7 +115,7 @@ class Lease:
                     pause_s = RENEWAL_RETRY_S
                     continue
                 pause_s = ttl_s / 3
-                self._valid_until = sent_at + ttl_s - margin_s(ttl_s)
+                self._valid_until = valid_until(sent_at, ttl_s)
             log.info("lease not renewed in time", lease=self._id)
         except EtcdError as err:
             log.info("lease lost", lease=self._id, cause=err.message)
