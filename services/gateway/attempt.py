@@ -40,6 +40,19 @@ class Attempt:
         self.moved_at = self._told_at = now
         self._seen = tokens
 
+    def overdue(self, now: float, first_s: float, next_s: float) -> str:
+        """What did not come in time, as of the last look, in words; "" while nothing is late.
+
+        Args:
+            now: The time.
+            first_s: Limit of the first token. Also of the next one where tokens come in lumps.
+            next_s: Limit of the next token.
+        """
+        if not self.begun:
+            return "no token came from where the answer was to go on" if now - self.asked_at > first_s else ""
+        late = now - self.moved_at > (next_s if self._steady else first_s)
+        return "no further token came in the time that its deployment allows" if late else ""
+
     def look(self, now: float, tokens: int) -> None:
         """See what has come, while it goes on or when it ends well."""
         gained = tokens - self._seen

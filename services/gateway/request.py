@@ -8,11 +8,11 @@ same revision goes on behind the journal's last token. A request has no task of 
 from __future__ import annotations
 
 import asyncio
-import copy
 import random
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from inference_runtime import telemetry
 from inference_runtime.errors import (
@@ -31,13 +31,14 @@ from inference_runtime.errors import (
 )
 from inference_runtime.rpc import error_from_status
 from inference_runtime.v1 import engine_service_pb2, generation_pb2
+from services.gateway.allowance import NEXT_CHUNK, Again, Allowance
 from services.gateway.attempt import Attempt
 from services.gateway.budget import AttemptBudget
 from services.gateway.journal import NEW, Journal, Verdict
 from services.gateway.needs import Need, unmet
 from services.gateway.position import place
 from services.gateway.routes import Route, Target, choose
-from services.gateway.sink import NOBODY, Sink
+from services.gateway.sink import NOBODY, Follower, Sink
 
 if TYPE_CHECKING:
     from services.gateway.live import LiveRequests
@@ -59,26 +60,9 @@ LEAST_TIME_S = 0.1
 JITTER_S = (0.002, 0.03)
 #: A replica that failed is tried again after this, doubled each time, where there is no other.
 SAME_AGAIN_S = 0.25
-#: Phase of a time-out between two chunks.
-NEXT_CHUNK = "next_chunk"
-#: Code of an error that is not tried again because its deployment has tried too much, and when the client may, seconds.
-EXHAUSTED = "retry_budget_exhausted"
-EXHAUSTED_RETRY_S = 1.0
-#: Hand-overs of one request by engines that close in order. They are free, since nothing failed: an upgrade of many engines must
-#: not use up what is meant for deaths. A bound all the same, for an engine that says so without end.
-MAX_HAND_OVERS = 16
-
 
 #: Errors by which a replica that is well sends a request away.
 _NO_FAULT = (Backpressure, Draining, RevisionMismatch)
-
-
-class Follower(Protocol):
-    """Who hears of a request's end."""
-
-    def ended(self, outcome: str) -> None:
-        """It is over, like this (see `LiveRequests.end`)."""
-        ...
 
 
 class Request:
@@ -123,7 +107,7 @@ class Request:
     #: Tokens that another gateway has a copy of; -1: it is not copied.
     copied = -1
     follower: Follower | None = None
-    _retries = _resumptions = _hand_overs = 0
+    _allowance: Allowance | None = None
     _error: InferenceError | None = None
     _wait_until = _again_at = 0.0
 
@@ -147,11 +131,6 @@ class Request:
         self.journal = Journal()
         self.accepted_ns = time.time_ns()
         self.began = self.quiet_since = time.monotonic()
-
-    @property
-    def waiting(self) -> bool:
-        """It has no replica at present."""
-        return self._target is None
 
     @property
     def known(self) -> bool:
@@ -386,20 +365,25 @@ class Request:
         self._leave(target, told=told)
         if (error.retry is Retry.ELSEWHERE and not isinstance(error, _NO_FAULT)) or isinstance(error, Internal):
             target.outcomes.failed(time.monotonic())
-        self._error = error
-        if not self._may_go_on(error, target):
+        now = time.monotonic()
+        again, self._error = Again.NO, error
+        if self._idempotent and now <= self.deadline - LEAST_TIME_S:
+            again, self._error = self._attempts.take(
+                error, shown=self._shown, begun=self.progress > 0, resumable=target.capabilities.resume, now=now
+            )
+        if again is Again.NO:
             if self._shown:
                 self._live.resumptions.inc(self.model, "failed")
             self._finish(self._error)
             return
+        if again is Again.START_OVER:
+            self._forget()
         self._revision = target.revision if self.journal.tokens else ""
         self.journal.begin_epoch()
-        now = time.monotonic()
         if self._tried is None or now >= self._again_at:  # those that were left long ago are as good as any
             self._tried = set()
         self._tried.add(target.replica_id)
-        failures = self._retries + self._resumptions
-        self._again_at = now + max(error.retry_after_s or 0.0, SAME_AGAIN_S * 2 ** max(0, failures - 1))
+        self._again_at = now + max(error.retry_after_s or 0.0, SAME_AGAIN_S * 2 ** max(0, self._attempts.failures - 1))
         log.info(
             "request goes on elsewhere",
             request_id=self.request_id, replica=target.replica_id, reason=error.reason, after_tokens=self.progress,
@@ -412,55 +396,13 @@ class Request:
         """The client has seen a part of it."""
         return self.shows_at_once and bool(self.first_at or self._carried)
 
-    def _has_attempts(self, target: Target) -> bool:
-        """Whether there may be another attempt, which can continue what was shown."""
-        if not self._idempotent or time.monotonic() > self.deadline - LEAST_TIME_S:
-            return False
-        if self._shown:
-            return self._resumptions < self._live.limits.max_resumptions and target.capabilities.resume
-        return self._retries < self._live.limits.max_retries
-
-    def _may_go_on(self, error: InferenceError, target: Target) -> bool:
-        """Whether another attempt is allowed and can continue what was shown. Counts it."""
-        if isinstance(error, Draining):
-            return self._may_be_handed_over(target)
-        if error.retry is not Retry.ELSEWHERE or not self._has_attempts(target):
-            return False
-        if self._shown:
-            self._resumptions += 1
-            return self._within_budget(error)
-        self._retries += 1
-        if not self._within_budget(error):
-            return False
-        if self.journal.tokens and not target.capabilities.resume:
-            self._forget()
-        return True
-
-    def _may_be_handed_over(self, target: Target) -> bool:
-        """Whether the request may leave an engine that closes in order. Counts it, and spends nothing."""
-        late = time.monotonic() > self.deadline - LEAST_TIME_S
-        if late or not self._idempotent or self._hand_overs >= MAX_HAND_OVERS:
-            return False
-        self._hand_overs += 1
-        if self.journal.tokens and not target.capabilities.resume:
-            if self._shown:
-                return False
-            self._forget()
-        self._live.retries.inc(self.model, "hand_over")
-        return True
-
-    def _within_budget(self, error: InferenceError) -> bool:
-        """Whether the deployment may make one more attempt. Spends it, or says in the error that it was not made."""
-        assert self._budget is not None  # an attempt was made
-        lost = isinstance(error, ContextPoisoned) or error.metadata.get("phase") == NEXT_CHUNK
-        now = time.monotonic()
-        if self._budget.take_move(now) if lost else self._budget.take_retry(now):
-            self._live.retries.inc(self.model, "move" if lost else "retry")
-            return True
-        self._error = refused = copy.copy(error)  # the same error may go to other requests
-        refused.metadata = {**error.metadata, "retry_budget_exhausted": "moves" if lost else "retries", "code": EXHAUSTED}
-        refused.retry_after_s = max(error.retry_after_s or 0.0, EXHAUSTED_RETRY_S)
-        return False
+    @property
+    def _attempts(self) -> Allowance:
+        """Further attempts that it has."""
+        if self._allowance is None:
+            assert self._budget is not None  # an attempt was made
+            self._allowance = Allowance(self._live.limits, self._budget, partial(self._live.retries.inc, self.model))
+        return self._allowance
 
     def _forget(self) -> None:
         """Start over: no token of this answer comes from an earlier attempt."""
@@ -470,11 +412,11 @@ class Request:
     def expire(self, now: float) -> None:
         """Called by the sweeper: end it when its time is up."""
         if now > self.deadline:
-            self._stop(Timeout("the request took longer than its deployment allows", phase="total"))
+            self.abandon(Timeout("the request took longer than its deployment allows", phase="total"))
         elif now > self.first_chunk_by:
             if self._target is not None:
                 self._target.outcomes.failed(now)
-            self._stop(Timeout("no token came in the time that its deployment allows", phase="first_chunk"))
+            self.abandon(Timeout("no token came in the time that its deployment allows", phase="first_chunk"))
         elif self._target is not None:
             self._look(self._target, now)
 
@@ -484,22 +426,18 @@ class Request:
         assert self._route is not None
         current, route = self._current, self._route
         current.look(now, self.progress)
-        if not current.begun:
-            if target.link.silent:
-                self._leave_silent(target, route, now)
-            elif self.first_at and now - current.asked_at > route.first_chunk_timeout_s:
-                self._attempt_failed(Timeout("no token came from where the answer was to go on", phase=NEXT_CHUNK), told=False)
-        elif now - current.moved_at > (route.next_chunk_timeout_s if self.shows_at_once else route.first_chunk_timeout_s):
-            # An answer that is sent whole comes in lumps, so it gets the longer time.
-            self._attempt_failed(
-                Timeout("no further token came in the time that its deployment allows", phase=NEXT_CHUNK), told=False
-            )
+        if not current.begun and target.link.silent:
+            self._leave_silent(target, route, now)
+        elif self.first_at and (late := current.overdue(now, route.first_chunk_timeout_s, route.next_chunk_timeout_s)):
+            self._attempt_failed(Timeout(late, phase=NEXT_CHUNK), told=False)
 
     def _leave_silent(self, target: Target, route: Route, now: float) -> None:
         """The replica answers nothing and has given nothing: start on another one that does, where there is one, instead of
         waiting until the session is known to be dead. What this one may still send is of an old epoch."""
         other = choose(route, {*(self._tried or ()), target.replica_id}, self._revision)
-        if other is None or other.link.silent or not self._has_attempts(target):
+        if other is None or other.link.silent or not self._idempotent or now > self.deadline - LEAST_TIME_S:
+            return
+        if not self._attempts.left(shown=self._shown, resumable=target.capabilities.resume):
             return
         if self._budget is not None and self._budget.may_move(now):
             self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer at present"), told=False)
@@ -513,9 +451,6 @@ class Request:
 
     def abandon(self, error: InferenceError) -> None:
         """End it with an error, whatever it is doing."""
-        self._stop(error)
-
-    def _stop(self, error: InferenceError) -> None:
         if self.ended:
             return
         if self._target is not None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from inference_runtime.errors import InferenceError
 from inference_runtime.v1 import engine_service_pb2
 
-__all__ = ["NOBODY", "Sink"]
+__all__ = ["NOBODY", "Follower", "Sink"]
 
 ChunkDetail = engine_service_pb2.ChunkDetail
 
@@ -43,6 +43,14 @@ class Sink(Protocol):
 
     def resumed(self, count: int) -> None:
         """The choice goes on, for the count-th time, from another attempt."""
+        ...
+
+
+class Follower(Protocol):
+    """Who hears of a request's end."""
+
+    def ended(self, outcome: str) -> None:
+        """It is over, like this (see `LiveRequests.end`)."""
         ...
 
 
