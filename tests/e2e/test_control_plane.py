@@ -122,3 +122,28 @@ async def until_on_disk(cluster: Cluster) -> None:
     async with asyncio.timeout(WAIT_S):
         while not await asyncio.to_thread(replicas):  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("engines", [1, 3])
+async def test_when_every_lease_is_revoked_routes_stay_and_everybody_is_back_within_15_s(engines: int) -> None:
+    """E-06: etcd loses everybody at once, the leaders, too. Nobody is down, so nobody is treated as such: no request fails, no
+    replica moves, and all are registered again within 15 s."""
+    async with Cluster(engines=engines, lease_ttl_s=10.0) as cluster, EtcdClient(cluster.etcd) as tool:
+        await cluster.apply({**ECHO, "replicas": engines, "runtime_config": PACED})
+        await cluster.wait_serving("echo")
+        assigned = {kv.key for kv in (await tool.list(keys.ASSIGNMENTS))[0]}
+        traffic = Traffic(cluster.http, "echo")
+        async with traffic.running():
+            await traffic.answered(4)
+            leased = {kv.lease_id for kv in (await tool.list(keys.ROOT))[0] if kv.lease_id}
+            for lease in leased:
+                await tool.revoke(lease)
+            assert not any(kv.lease_id for kv in (await tool.list(keys.REPLICAS))[0]), "the fault did not take effect"
+            async with asyncio.timeout(15):
+                while len((await tool.list(keys.REPLICAS))[0]) < engines:
+                    await traffic.answered(1)
+            await traffic.answered(8)
+        traffic.check()
+        assert {kv.key for kv in (await tool.list(keys.ASSIGNMENTS))[0]} == assigned
+        await cluster.wait_ready()
+        await ready_with(cluster, "live")
