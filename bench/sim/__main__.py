@@ -58,7 +58,7 @@ class Size:
     gateways: int
 
     def specs(self) -> list[deployment_pb2.Deployment]:
-        """One deployment with a replica on every tenth engine, others with one, two or four; a tenth of them need an accelerator."""
+        """One deployment with a tenth of the engines, others with one, two or four; a tenth of them need an accelerator."""
         found = [_deployment(WIDE, max(1, self.engines // 10), 0)]
         for at in range(1, self.deployments):
             found.append(_deployment(f"model-{at:05d}", (1, 1, 1, 2, 2, 4)[at % 6] if at % 10 else 1, int(at % 10 == 0)))

@@ -191,14 +191,17 @@ class RouteTable:
         if token.revision:
             self.token.CopyFrom(token)
         routes: dict[str, Route] = {} if update.snapshot else dict(self.routes)
+        # A replica belongs to one deployment, so a change touches the targets of its own lines and no others.
+        touched = self.routes.keys() if update.snapshot else {*update.removed, *(line.deployment for line in update.deployments)}
+        gone = {target.replica_id for name in touched if (old := self.routes.get(name)) for target in old.targets}
         for name in update.removed:
             routes.pop(name, None)
         for line in update.deployments:
-            routes[line.deployment] = self._route(line)
-        if update.snapshot or update.deployments or update.removed:
-            kept = {target.replica_id for route in routes.values() for target in route.targets}
-            self.targets = {name: target for name, target in self.targets.items() if name in kept}
-            self._engines = {name: engine for name, engine in self._engines.items() if name in kept}
+            route = routes[line.deployment] = self._route(line)
+            gone.difference_update([target.replica_id for target in route.targets])
+        for replica_id in gone:
+            self.targets.pop(replica_id, None)
+            self._engines.pop(replica_id, None)
         for load in update.loads:
             target = self.targets.get(load.replica_id)
             if target is not None:
@@ -408,8 +411,8 @@ class RouteWatch(Generic[L]):
                 raise NotLeader("another coordinator leads by now", role="coordinator", address=seen.address)
 
     def show_age(self) -> None:
-        """Note how old the table is. While the coordinator answers, its stream confirms the table without a word. A table from disk
-        is at least as old as this process."""
+        """Note how old the table is. While the coordinator answers, its stream confirms the table without a word. One from disk is
+        at least as old as this process."""
         since = self._confirmed_at or (self._began_at if self._table.known else 0.0)
         self._age.set(time.monotonic() - since if since else 0.0)
 
