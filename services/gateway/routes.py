@@ -411,7 +411,7 @@ class RouteWatch(Generic[L]):
                 raise NotLeader("another coordinator leads by now", role="coordinator", address=seen.address)
 
     def show_age(self) -> None:
-        """Note how old the table is. While the coordinator answers, its stream confirms the table without a word. One from disk is
+        """Note how old the table is. While the coordinator answers, its stream confirms it without a word. One from disk is
         at least as old as this process."""
         since = self._confirmed_at or (self._began_at if self._table.known else 0.0)
         self._age.set(time.monotonic() - since if since else 0.0)
