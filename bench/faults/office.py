@@ -21,7 +21,7 @@ from inference_runtime.v1 import (
     deployment_manager_service_pb2_grpc,
 )
 
-__all__ = ["ROLES", "deposed_at", "terms"]
+__all__ = ["ROLES", "deposed_at", "fewest_routes", "terms"]
 
 
 def _routes(channel: grpc.aio.Channel) -> Any:
@@ -35,6 +35,10 @@ def _deployments(channel: grpc.aio.Channel) -> Any:
 
 
 _STREAMS: dict[str, Callable[[grpc.aio.Channel], Any]] = {"coordinator": _routes, "deployment_manager": _deployments}
+#: More replicas than there are.
+_MANY = 1 << 30
+#: Seconds until a coordinator that ended a stream, or was not there, is asked again.
+_AGAIN_S = 0.05
 #: The roles that decide.
 ROLES = tuple(_STREAMS)
 
@@ -77,3 +81,37 @@ async def terms(cluster: Cluster) -> set[tuple[str, int]]:
     for kv in sorted(candidates, key=lambda kv: kv.create_revision):
         first.setdefault(keys.segments(kv.key, keys.ELECTIONS)[0], (kv.key, kv.create_revision))
     return set(first.values())
+
+
+async def fewest_routes(cluster: Cluster, deployment: str, watching: asyncio.Event, stop: asyncio.Event) -> int:
+    """The smallest number of replicas that gateways were told of, from `watching` on until `stop`. Follows changes of leader.
+
+    Args:
+        cluster: Where.
+        deployment: Whose replicas.
+        watching: Set once a first table was received.
+        stop: Set it when enough was seen.
+    """
+    fewest = _MANY
+
+    async def watch() -> None:
+        nonlocal fewest
+        while True:
+            leader = await cluster.leader("coordinator")
+            channel = open_channel(cluster.local.processes[leader].spec.address)
+            try:
+                async for update in _routes(channel):
+                    lines = {line.deployment: len(line.replicas) for line in update.deployments}
+                    if deployment in lines or deployment in update.removed or update.snapshot:
+                        fewest = min(fewest, lines.get(deployment, 0))
+                        watching.set()
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(_AGAIN_S)
+            finally:
+                await channel.close(None)
+
+    async with asyncio.TaskGroup() as tasks:
+        watcher = tasks.create_task(watch())
+        await stop.wait()
+        watcher.cancel()
+    return fewest

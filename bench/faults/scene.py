@@ -25,6 +25,8 @@ LEASE_TTL_S = 3.0
 PACE_S = 0.02
 #: Seconds that something gets to become visible.
 VISIBLE_S = 15.0
+#: Seconds after which a promise in time counts as broken: more than any limit.
+KEPT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +148,14 @@ class Scene:
         self.faults += 1
 
     async def seconds_until(self, condition: Callable[[], Awaitable[bool]], since: float | None = None) -> float:
-        """Seconds from `since` (now) until a condition holds, which is a promise. At least `VISIBLE_S` when it never does."""
+        """Seconds from `since` (now) until a condition holds, which is a promise. At least `KEPT_S` when it never does."""
         since = time.monotonic() if since is None else since
         try:
-            async with asyncio.timeout(VISIBLE_S):
+            async with asyncio.timeout(KEPT_S):
                 while not await condition():  # noqa: ASYNC110 - etcd and the process table are looked at
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            return max(time.monotonic() - since, VISIBLE_S)
+            return max(time.monotonic() - since, KEPT_S)
         return time.monotonic() - since
 
     async def visible(self, condition: Callable[[], Awaitable[bool]], complaint: str, within_s: float = VISIBLE_S) -> None:
