@@ -22,7 +22,7 @@ from inference_runtime.errors import Draining
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.testing.etcd import EtcdProcess
 from inference_runtime.v1 import gateway_service_pb2, gateway_service_pb2_grpc
-from services.gateway.request import MAX_HAND_OVERS
+from services.gateway.allowance import MAX_HAND_OVERS
 from tests.integration.gateway.conftest import Start
 from tests.integration.gateway.peer import Row, deployment_route, error_row, last_row, peer, until
 from tests.integration.gateway.test_faults import text_of, whichever_has_it
