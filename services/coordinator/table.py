@@ -100,6 +100,8 @@ class Table:
         #: replicas in the table whose engines have vanished in a crowd
         self.believed = 0
         self._removed: dict[str, tuple[float, common_pb2.Replica]] = {}
+        #: boot id of each engine when it vanished
+        self._boots: dict[str, str] = {}
         self._dirty = asyncio.Event()
         self._ready = asyncio.Event()
         self._settled = asyncio.Event()
@@ -238,6 +240,7 @@ class Table:
         if engine.id in self._leaving:
             self._leaving.discard(engine.id)
             return
+        self._boots[engine.id] = engine.boot_id
         if self._guard.lost([engine.id], {e.id for e in self._engines.values()}, now_s):
             log.error(
                 "many engines lost their leases at once; their routes are kept for a while",
@@ -282,7 +285,11 @@ class Table:
         self._guard.calm_down(now_s)
         window_s = max(self.settings.freeze_s, 2 * self.settings.etcd.lease_ttl_s)
         self._removed = {k: (at_s, r) for k, (at_s, r) in self._removed.items() if now_s - at_s <= window_s}
-        believed = [r for at_s, r in self._removed.values() if self._guard.believed(r.engine_id, at_s, now_s)]
+        # What an engine hosts that is back as another process, it says itself.
+        new = {e.id for e in self._engines.values() if e.id in self._boots and e.boot_id != self._boots[e.id]}
+        believed = [
+            r for at_s, r in self._removed.values() if r.engine_id not in new and self._guard.believed(r.engine_id, at_s, now_s)
+        ]
         self.believed = len(believed)
         table = build_table(
             self._revision,

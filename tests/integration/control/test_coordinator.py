@@ -349,6 +349,25 @@ async def test_routes_survive_when_everybody_loses_the_lease(client: EtcdClient,
         await watch.until_table({"a": ["r0", "r1"], "b": []})
 
 
+async def test_routes_of_a_vanished_engine_go_when_it_is_back_as_another_process(
+    client: EtcdClient, coordinator: Singleton
+) -> None:
+    """P-02: it has begun anew, and hosts nothing until it says so; requests that are sent there only cost an attempt."""
+    await put_deployment(client, "a")
+    engines = [await FakeEngine(client, f"e{i}").join() for i in range(2)]
+    for i, engine in enumerate(engines):
+        await engine.serve("a", f"r{i}")
+    async with watching(coordinator) as watch:
+        await watch.until_table({"a": ["r0", "r1"]})
+        await asyncio.gather(*(engine.leave() for engine in engines))
+        again = FakeEngine(client, "e0")
+        again.record.boot_id = "another"
+        await again.join()
+        await watch.until_table({"a": ["r1"]})
+        await again.serve("a", "r0")
+        await watch.until_table({"a": ["r0", "r1"]})
+
+
 async def assigned(client: EtcdClient, engine_id: str, replica_id: str) -> None:
     assignment = common_pb2.Assignment(replica_id=replica_id, engine_id=engine_id, deployment="a")
     await client.put(keys.assignment(engine_id, replica_id), assignment.SerializeToString())
