@@ -34,9 +34,9 @@ def _without() -> float:
     journals = [Journal() for _ in range(STREAMS)]
     began = time.process_time()
     for index in range(TOKENS):
-        for _ in journals:
-            if index is NEW:
-                raise AssertionError
+        for journal in journals:
+            if journal is None or index < 0:
+                raise AssertionError("never")
     return time.process_time() - began
 
 
