@@ -9,11 +9,16 @@ import signal
 import socket
 import stat
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import httpx
+
 from bench.faults.load import MODEL, Load
 from inference_runtime.testing.cluster import Cluster
+from inference_runtime.testing.history import History, Stream
 from tests.e2e.kit import ECHO, Up, project
 
 #: Streams at any time, their tokens, and the seconds of each token: three seconds a stream.
@@ -79,6 +84,57 @@ async def test_usage_of_every_request_survives_a_restart_of_gateway_and_metrics(
                     break
                 await asyncio.sleep(0.1)
         assert counted.requests == asked
+
+
+@dataclass
+class Reader:
+    """A client that comes back with the last event it has, as every EventSource does."""
+
+    record: Stream
+    body: dict[str, object]
+    last_id: str = ""
+    told: str = ""
+
+    async def read(self, client: httpx.AsyncClient, url: str, then: Callable[[], None] | None = None) -> None:
+        """Ask, and read to the end of the connection; `then` is called once an event is there."""
+        headers = {"last-event-id": self.last_id} if self.last_id else {}
+        async with client.stream("POST", f"{url}/v1/chat/completions", json=self.body, headers=headers) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if line.startswith("id: "):
+                    self.last_id = line[4:]
+                elif line == "data: [DONE]":
+                    self.record.end()
+                elif line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    self.told = self.told or event.get("error", {}).get("message", "")
+                    for choice in event.get("choices", ()):
+                        self.record.text(choice["delta"].get("content") or "")
+                    if then is not None and self.record.words()[0]:
+                        then()
+                        then = None
+
+
+async def test_a_stream_that_outlives_its_gateway_goes_on_at_another() -> None:
+    """R09, R13: a gateway cannot wait for ever either. Its client is told so, comes back to the other one, and has every word
+    once."""
+    patience = {"INFERENCE_GATEWAY__DRAIN_TIMEOUT_S": "0.5", "INFERENCE_GATEWAY__DRAIN_NOTICE_S": "0.1"}
+    async with Cluster(gateways=2, settings={"gateway": patience}, lease_ttl_s=3) as cluster:
+        await cluster.apply({**ECHO, "name": MODEL, "runtime_config": {"pace_s": PACE_S}})
+        await cluster.wait_serving(MODEL)
+        first, second = cluster.local.http_urls
+        history = History()
+        record = history.begin("goes on", seed=5, tokens=TOKENS)
+        asks = [{"role": "user", "content": "goes on"}]
+        body = {"model": MODEL, "messages": asks, "seed": 5, "max_tokens": TOKENS, "stream": True}
+        reader = Reader(record, body)
+        async with httpx.AsyncClient(timeout=60) as client:
+            await reader.read(client, first, then=lambda: cluster.kill("gateway", signal.SIGTERM))
+            assert await ended(cluster, "gateway") == 0
+            assert not record.ended
+            await reader.read(client, second)
+    assert "ask another" in reader.told
+    history.check()
 
 
 def stream(running: Up) -> socket.socket:
