@@ -432,10 +432,12 @@ class Request:
             self._attempt_failed(Timeout(late, phase=NEXT_CHUNK), told=False)
 
     def _leave_silent(self, target: Target, route: Route, now: float) -> None:
-        """The replica answers nothing and has given nothing: start on another one that does, where there is one, instead of
-        waiting until the session is known to be dead. What this one may still send is of an old epoch."""
+        """The replica answers nothing and has given nothing: start on another one that does, or that has been silent for far less
+        long, instead of waiting until the session is known to be dead. What this one may still send is of an old epoch."""
         other = choose(route, {*(self._tried or ()), target.replica_id}, self._revision)
-        if other is None or other.link.silent or not self._idempotent or now > self.deadline - LEAST_TIME_S:
+        if other is None or other.link.silence >= target.link.silence / 2:
+            return
+        if not self._idempotent or now > self.deadline - LEAST_TIME_S:
             return
         if not self._attempts.left(shown=self._shown, resumable=target.capabilities.resume):
             return

@@ -60,6 +60,11 @@ class Link(Protocol):
         """Nobody answers there at present, though asked to."""
         ...
 
+    @property
+    def silence(self) -> int:
+        """For how long, in any unit. Where everybody is starved and late, the one that stands still is late for longest."""
+        ...
+
     def listen(self) -> None:
         """Take notice of what was heard lately. Called four times a second."""
         ...
@@ -304,8 +309,13 @@ def choose(route: Route, exclude: Collection[str] = (), revision: str = "") -> T
         return fit[0] if fit else None
     one, other = random.sample(fit, 2)
     if one.shunned or other.shunned:
-        # Slow is better than silent.
-        fit = [t for t in fit if not t.shunned] or [t for t in fit if not t.link.silent] or fit
+        # Slow is better than silent, and silent for a moment is better than silent for long.
+        least = min(t.link.silence for t in fit)
+        fit = (
+            [t for t in fit if not t.shunned]
+            or [t for t in fit if not t.link.silent]
+            or [t for t in fit if t.link.silence == least]
+        )
         one, other = random.sample(fit, 2) if len(fit) > 1 else fit * 2
     return one if one.score <= other.score else other
 

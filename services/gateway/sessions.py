@@ -112,6 +112,11 @@ class Session:
         """Its engine answers nothing at present, though it was asked to."""
         return self._ear.silent
 
+    @property
+    def silence(self) -> int:
+        """Quarters of a second for which a ping has not been answered."""
+        return self._ear.silence
+
     def listen(self) -> None:
         """Take notice of what was heard lately. Called by the sweeper."""
         if not (self._connected and self._answers_pings):

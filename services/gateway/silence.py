@@ -17,14 +17,18 @@ SILENT_SWEEPS = 2
 class Ear:
     """The state of one session. `heard` is set with every message: the only thing a message costs."""
 
-    __slots__ = ("_asked", "_sweeps", "heard", "silent")
+    __slots__ = ("_asked", "heard", "silence")
 
     def __init__(self) -> None:
         self.heard = False
-        #: A ping was not answered in time, and nothing else came.
-        self.silent = False
+        #: Sweeps since the one in which the ping left that was not answered yet; 0 where there is none.
+        self.silence = 0
         self._asked = False
-        self._sweeps = 0
+
+    @property
+    def silent(self) -> bool:
+        """A ping was not answered in time, and nothing else came."""
+        return self.silence >= SILENT_SWEEPS
 
     def sweep(self, *, expecting: bool) -> bool:
         """Take notice of the last quarter of a second. Returns whether to send a ping now.
@@ -38,11 +42,10 @@ class Ear:
         if not self._asked:
             self._asked = True
             return True
-        self._sweeps += 1
-        self.silent = self._sweeps >= SILENT_SWEEPS
+        self.silence += 1
         return False
 
     def reset(self) -> None:
         """All is well, or nothing is known: a session begins or ends."""
-        self.heard = self.silent = self._asked = False
-        self._sweeps = 0
+        self.heard = self._asked = False
+        self.silence = 0

@@ -35,6 +35,7 @@ class Engine:
 
     up = True
     silent = False
+    silence = 0
 
     def listen(self) -> None:
         """Nothing is said in silence."""

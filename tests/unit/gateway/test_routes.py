@@ -20,7 +20,12 @@ class Line:
     """A link that is up or down as the test says."""
 
     up: bool = True
-    silent: bool = False
+    silence: int = 0
+
+    @property
+    def silent(self) -> bool:
+        """For half a second or longer."""
+        return self.silence >= 2
 
     def listen(self) -> None:
         """The test says what is heard."""
@@ -167,7 +172,7 @@ def test_the_choice_among_many_is_the_choice_among_few(kinds: list[str], same_re
     table.apply(update(*(replica(str(at), revision="r2" if k == "other revision" else "r1") for at, k in enumerate(kinds))))
     for at, kind in enumerate(kinds):
         line = net.lines[f"engine-of-{at}", f"{at}:1"]
-        line.up, line.silent = kind != "down", kind == "silent"
+        line.up, line.silence = kind != "down", 9 * (kind == "silent")
         if kind == "slow":
             table.targets[str(at)].trust.limit = 0
     tried = {str(at) for at, kind in enumerate(kinds) if kind == "tried"}
@@ -187,23 +192,31 @@ def chosen(table: RouteTable) -> set[str]:
 def test_a_silent_replica_is_chosen_only_where_there_is_no_other(table: RouteTable, net: Net) -> None:
     """R-03: also one that has nothing to do, and so would be the better of two."""
     table.apply(update(replica("a"), replica("b"), loads={"b": 9}))
-    net.lines["engine-of-a", "a:1"].silent = True
+    net.lines["engine-of-a", "a:1"].silence = 9
     assert chosen(table) == {"b"}
     assert choose(route(table), {"b"}) is route(table).targets[0]
     net.lines["engine-of-b", "b:1"].up = False
     assert chosen(table) == {"a"}
 
 
+def test_where_all_are_late_the_one_that_was_heard_last_is_chosen(table: RouteTable, net: Net) -> None:
+    """R-03: on a machine that starves everybody, the engine that stands still is late for longest."""
+    table.apply(update(replica("a"), replica("b"), replica("c"), loads={"b": 9}))
+    for name, silence in (("a", 12), ("b", 3), ("c", 8)):
+        net.lines[f"engine-of-{name}", f"{name}:1"].silence = silence
+    assert chosen(table) == {"b"}
+
+
 def test_a_slow_replica_is_better_than_a_silent_one_and_worse_than_any_other(table: RouteTable, net: Net) -> None:
     """R-08."""
     table.apply(update(replica("a"), replica("b"), replica("c"), loads={"c": 9}))
-    net.lines["engine-of-a", "a:1"].silent = True
+    net.lines["engine-of-a", "a:1"].silence = 9
     table.targets["b"].trust.limit = 0
     assert chosen(table) == {"c"}
-    net.lines["engine-of-c", "c:1"].silent = True
+    net.lines["engine-of-c", "c:1"].silence = 9
     assert chosen(table) == {"b"}
     table.targets["b"].trust.limit = 2
-    net.lines["engine-of-c", "c:1"].silent = False
+    net.lines["engine-of-c", "c:1"].silence = 0
     table.targets["b"].in_flight = 1
     assert chosen(table) == {"b"}  # on trial, with less to do than the other
     table.targets["b"].in_flight = 2

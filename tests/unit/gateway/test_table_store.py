@@ -146,6 +146,7 @@ def test_a_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None
 class Link:
     up = True
     silent = False
+    silence = 0
 
     def listen(self) -> None:
         """Nothing is said."""
