@@ -182,8 +182,9 @@ class LeasesRevoked:
 
     def is_injected(self) -> bool:
         """etcd knows none of them any more."""
-        alive = ask_member(self._port, "/v3/lease/leases", {}) or {}
-        return not {int(lease["ID"]) for lease in alive.get("leases", [])} & set(self._leases)
+        said = ask_member(self._port, "/v3/lease/leases", {})
+        alive = {int(lease["ID"]) for lease in said.get("leases", [])}
+        return "header" in said and not alive & set(self._leases)
 
     async def heal(self) -> None:
         """Nothing to do: that is the work of those who held them."""
