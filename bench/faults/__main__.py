@@ -39,12 +39,13 @@ def run(names: Sequence[str], seeds: int, *, full: bool) -> list[Row]:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description="Run the fault matrix.")
-    parser.add_argument("--cells", default="", help=f"comma-separated; known are {', '.join(CELLS)}")
+    parser.add_argument("--cells", default="", help=f"comma-separated, or all; known are {', '.join(CELLS)}")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each cell")
     parser.add_argument("--quick", action="store_true", help=f"short forms; without --cells only {', '.join(QUICK)}")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/faults.md")
     args = parser.parse_args()
-    names = [name for name in args.cells.split(",") if name] or list(QUICK if args.quick else CELLS)
+    asked = [name for name in args.cells.split(",") if name] or (list(QUICK) if args.quick else ["all"])
+    names = list(CELLS) if asked == ["all"] else asked
     if unknown := [name for name in names if name not in CELLS]:
         parser.error(f"no cell {', '.join(unknown)}; known are {', '.join(CELLS)}")
     if args.seeds < 1:
