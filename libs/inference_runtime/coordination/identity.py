@@ -5,7 +5,7 @@ highest revision that was seen. An etcd that was wiped has lost the id, one that
 revision, another cluster has another id. None of them may be acted on before an operator says so, because what it holds is not
 what the others were told: `inferctl acknowledge-store` gives the store a new id, marked as acknowledged.
 
-docs/adr/0007-store-identity.md has the reasons, and what is not covered.
+docs/adr/0008-store-identity.md has the reasons, and what is not covered.
 """
 
 from __future__ import annotations
