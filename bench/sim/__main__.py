@@ -186,7 +186,7 @@ class Gateway:
     @property
     def replicas(self) -> int:
         """Replicas that it could choose."""
-        return sum(len(route.targets) for route in self.table.routes.values())
+        return len(self.table.targets)
 
     async def follow(self, table: Table) -> None:
         """Take over what the coordinator sends, until cancelled."""
