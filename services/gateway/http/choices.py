@@ -51,6 +51,9 @@ class StreamChoice(StreamSink):
         self._joint.started = True
         return super()._start()
 
+    def _position(self) -> bytes:
+        return b": "  # a comment and no id: a place in one choice is none in the stream, and nobody can come back with it
+
     def _ending(self) -> bytes:
         return super()._ending() if self._joint.one_ends() else b""
 

@@ -207,13 +207,17 @@ class StreamSink(_HttpSink):
         """Everything that comes before the first text, and the parts that will not change."""
         shape = self._shape
         self._opened = True
-        self._id = b"id: %b:" % self.request.request_id.encode()
+        self._id = self._position()
         self._tail = b'],"usage":null}\n\n' if self._asked.include_usage else b"]}\n\n"
         self._before = b"\ndata: %b%b%b" % (self._head(shape.event_object), self._label, shape.delta)
         after = b'%b,"logprobs":null,"finish_reason":null}%b' % (shape.end, self._tail)
         self._fixed = len(self._id) + len(self._before) + len(after)
         self._after = after + b"\r\n" if self._chunked else after
         return self._start() + self._role()
+
+    def _position(self) -> bytes:
+        """What begins the line with an event's id."""
+        return b"id: %b:" % self.request.request_id.encode()
 
     def _role(self) -> bytes:
         """The event before all text."""

@@ -83,6 +83,7 @@ async def test_a_stream_interleaves_its_choices_and_ends_with_the_last(gateway: 
     events = [json.loads(e) for e in parts(response.text)[:-1]]
     assert {e["id"] for e in events} == {"chatcmpl-" + response.headers["x-request-id"]}
     assert [e["usage"] for e in events if e["usage"]] == [events[-1]["usage"]]
+    assert "\nid:" not in response.text  # no place in one choice tells where a client is in all of them
     assert events[-1]["choices"] == []
     assert (events[-1]["usage"]["prompt_tokens"], events[-1]["usage"]["completion_tokens"]) == (3, 5)
 
