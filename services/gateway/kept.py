@@ -15,8 +15,9 @@ __all__ = ["KeptSink", "SkippingSink"]
 
 ChunkDetail = engine_service_pb2.ChunkDetail
 
-#: Text that is kept of one stream, bytes, as `_size` counts. What is older is made again when it is asked for.
-KEPT_BYTES = 1 << 20
+#: Text that is kept of one stream, bytes, as `size_bytes` counts: a thousand tokens. What is older is made again when it is asked
+#: for.
+KEPT_BYTES = 256 << 10
 #: What a chunk weighs besides its text.
 CHUNK_BYTES = 200
 
@@ -31,12 +32,13 @@ class KeptSink:
         inner: Where it goes at first.
     """
 
-    __slots__ = ("_chunks", "_inner", "_size", "request")
+    __slots__ = ("_chunks", "_inner", "request", "size_bytes")
 
     def __init__(self, request: Request, inner: Sink) -> None:
         self.request, self._inner = request, inner
         self._chunks: collections.deque[_Chunk] = collections.deque()
-        self._size = 0
+        #: What it weighs.
+        self.size_bytes = 0
 
     @property
     def first(self) -> int:
@@ -66,9 +68,9 @@ class KeptSink:
 
     def _keep(self, chunk: _Chunk) -> None:
         self._chunks.append(chunk)
-        self._size += CHUNK_BYTES + len(chunk[2])
-        while self._size > KEPT_BYTES:
-            self._size -= CHUNK_BYTES + len(self._chunks.popleft()[2])
+        self.size_bytes += CHUNK_BYTES + len(chunk[2])
+        while self.size_bytes > KEPT_BYTES:
+            self.size_bytes -= CHUNK_BYTES + len(self._chunks.popleft()[2])
 
     def token(self, index: int, token: int, text: str) -> None:
         """See `Sink`."""

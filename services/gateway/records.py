@@ -54,7 +54,7 @@ class Record:
         now: Any clock that never goes back, seconds.
     """
 
-    __slots__ = ("attachment", "began", "end", "header", "request_id", "revision", "tenant", "tokens", "touched")
+    __slots__ = ("attachment", "began", "end", "extra_bytes", "header", "request_id", "revision", "tenant", "tokens", "touched")
 
     def __init__(self, header: StreamHeader, now: float) -> None:
         self.header = header.SerializeToString()
@@ -63,13 +63,15 @@ class Record:
         self.tokens = array("I")
         self.revision = ""
         self.end: StreamEnd | None = None
+        #: What is kept beside it, as long as it is kept. Set it before it is put into a store.
+        self.extra_bytes = 0
         self.began = now - seconds(header.age)
         self.touched = now
 
     @property
     def size_bytes(self) -> int:
         """What it is counted as."""
-        return OVERHEAD_BYTES + len(self.header) + 4 * len(self.tokens)
+        return OVERHEAD_BYTES + len(self.header) + 4 * len(self.tokens) + self.extra_bytes
 
     @property
     def rank(self) -> tuple[int, bool, int]:

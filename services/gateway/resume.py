@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from inference_runtime.errors import Backpressure, DeploymentNotFound, Retry, error_class
+from inference_runtime.errors import Backpressure, DeploymentNotFound, Draining, Retry, error_class
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import engine_service_pb2, gateway_peer_service_pb2, generation_pb2
 from inference_runtime.wire import duration
@@ -37,7 +37,7 @@ StreamEnd = gateway_peer_service_pb2.StreamEnd
 StreamHeader = gateway_peer_service_pb2.StreamHeader
 
 #: The first event of a stream waits for its copy for this long at most, seconds. Without another gateway nothing waits.
-GATE_S = 0.1
+GATE_S = 0.25
 #: Seconds between two looks at what is too old.
 HOUSEKEEPING_S = 1.0
 #: Clients that come back at once. More are told to try again.
@@ -132,7 +132,7 @@ class Served(Copied):
     def left(self) -> None:
         """The client is gone: stop, or wait for it for as long as the deployment says."""
         self.on_safe()
-        if self.kept is None:
+        if self.kept is None or self._resumer.draining:
             self.request.cancel()
         elif not self.request.ended:
             self.kept.detach()
@@ -148,6 +148,11 @@ class Served(Copied):
         old.abort()
         if not self.request.ended:
             line.on_disconnect = self.left
+
+    def give_up_waiting(self) -> None:
+        """Stop, if its client is away."""
+        if self._leaving is not None:
+            self.request.cancel()
 
     def supersede(self) -> None:
         """Another one serves it from here on."""
@@ -197,6 +202,8 @@ class Resumer:
         self._served: dict[str, Served] = {}
         #: Streams that ended while their client was away, with what they were to tell it.
         self._waiting: dict[str, tuple[KeptSink, Record]] = {}
+        #: This worker ends: nobody is waited for any more.
+        self.draining = False
         self._jobs: asyncio.Queue[Coroutine[None, None, None]] = asyncio.Queue(MAX_JOBS)
         self._records = metrics.gauge("inference_stream_records")
         self._peer_count = metrics.gauge("inference_gateway_peers")
@@ -229,8 +236,10 @@ class Resumer:
         record = Record(served.header(), now)
         record.tokens.extend(request.journal.tokens)
         record.revision, record.end = request.revision, end
-        if self.store.put(record, now) and served.kept is not None and end.finish_reason:
-            self._waiting[request.request_id] = served.kept, record
+        kept = served.kept if end.finish_reason else None
+        record.extra_bytes = kept.size_bytes if kept is not None else 0
+        if self.store.put(record, now) and kept is not None:
+            self._waiting[request.request_id] = kept, record
 
     # --- clients that come back --------------------------------------------------------------------------------------------
 
@@ -321,10 +330,24 @@ class Resumer:
         request.recall(record.revision, usage, 0 if record.end is None else record.end.finish_reason)
         return request
 
+    def drain(self) -> None:
+        """This worker ends: streams whose clients are away stop, and go on where they come back."""
+        self.draining = True
+        for served in tuple(self._served.values()):
+            served.give_up_waiting()
+
     # --- work --------------------------------------------------------------------------------------------------------------
 
     def do(self, job: Coroutine[None, None, None]) -> None:
-        """Run a job in a task of ours. It raises nothing. Raises Backpressure when too many wait."""
+        """Run a job in a task of ours. It raises nothing.
+
+        Raises:
+            Draining: This worker takes no streams any more, and leaves those of others alone.
+            Backpressure: Too many wait.
+        """
+        if self._live.closed:
+            job.close()
+            raise Draining("this gateway is shutting down; ask another one", retry_after_s=1)
         try:
             self._jobs.put_nowait(job)
         except asyncio.QueueFull:

@@ -150,6 +150,7 @@ class GatewayWorker(Generic[L]):
         drain = Drain(self._settings.drain_timeout_s, self._settings.drain_notice_s)
         await self.rpc.set_serving(False)
         self.live.draining = True
+        self.resumer.drain()
         self.http.announce()
         log.info("draining", requests=len(self.live.requests))
         await drain.until(Stage.CLOSED, self._unsent, callers=lambda: 1)

@@ -233,7 +233,8 @@ class LocalCluster:
             self.processes["etcd"].start()
             async with contextlib.AsyncExitStack() as stack:
                 client = await self.connect(stack, timeout_s)
-                leased = [kv for prefix in (keys.ELECTIONS, keys.ENGINES, keys.REPLICAS) for kv in (await client.list(prefix))[0]]
+                prefixes = (keys.ELECTIONS, keys.ENGINES, keys.REPLICAS, keys.GATEWAYS)
+                leased = [kv for prefix in prefixes for kv in (await client.list(prefix))[0]]
                 for lease_id in {kv.lease_id for kv in leased if kv.lease_id}:
                     await client.revoke(lease_id)
         self.start()
