@@ -6,6 +6,7 @@ The kernel spreads connections over the workers (SO_REUSEPORT). A worker knows t
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from inference_runtime.errors import ServerError
 from inference_runtime.settings import environment
 from inference_runtime.telemetry import get_logger, setup_telemetry
 from services.gateway.http.server import listen
+from services.gateway.metric_share import SUFFIX, text_of_all
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker import write_ready_file
 
@@ -75,6 +77,8 @@ class _Parent:
             "HTTP__PORT": str(self._port),
             # One gRPC port cannot be shared: the first worker has the one that was set, the others take free ones.
             "RPC__PORT": str(self._settings.rpc.port if number == 0 else 0),
+            "METRICS_FILE": str(self._folder / f"{number}{SUFFIX}"),
+            "TELEMETRY__PROMETHEUS_PORT": "-1",  # the parent answers there, for all of them
         }
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "services.gateway", *self._argv],
@@ -143,10 +147,11 @@ def run_workers(settings: GatewaySettings, argv: Sequence[str]) -> None:
     """Run `settings.workers` processes until SIGTERM or SIGINT. A second signal kills them and exits with 128 + its number.
 
     Raises:
-        ServerError: The port is taken, or a worker does not start.
+        ServerError: A port is taken, or a worker does not start.
     """
-    telemetry = setup_telemetry("gateway", settings.telemetry.model_copy(update={"prometheus_port": -1, "otlp_endpoint": ""}))
+    telemetry = setup_telemetry("gateway", settings.telemetry.model_copy(update={"otlp_endpoint": ""}))
     with tempfile.TemporaryDirectory(prefix="inference-gateway-") as folder:
+        telemetry.render = functools.partial(text_of_all, Path(folder))
         parent = _Parent(settings, argv, Path(folder))
 
         def stop(signum: int, frame: object) -> None:

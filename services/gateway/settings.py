@@ -81,6 +81,9 @@ class GatewaySettings(ServiceSettings):
         default="", description="directory of this gateway alone, where its routes outlive a restart; empty keeps none"
     )
     ready_file: str = Field(default="", description='file that gets {"http": "host:port", "grpc": "host:port"} once it serves')
+    metrics_file: str = Field(
+        default="", description="set by a gateway for its workers: where one keeps its metrics, beside those of the others"
+    )
     parent_fd: int = Field(default=-1, description="set by a gateway for its workers: descriptor that closes when it is gone")
 
 

@@ -22,6 +22,7 @@ from services.gateway.http.app import HttpApp
 from services.gateway.http.server import HttpServer
 from services.gateway.http.streams import StreamDoor
 from services.gateway.live import LiveRequests, new_id
+from services.gateway.metric_share import MetricShare
 from services.gateway.peer_registry import PeerRegistry
 from services.gateway.peer_service import Copies, GatewayPeerService
 from services.gateway.peers import PeerTable, own_record
@@ -92,6 +93,7 @@ class GatewayWorker(Generic[L]):
             streams,
             loopback_only=keys.open and is_loopback(settings.http.host),
         )
+        self._share = app.share = MetricShare(metrics, Path(settings.metrics_file)) if settings.metrics_file else None
         app.control_plane = lambda: {"routes": self._watch.source, "warnings": self._watch.warnings()}
         self.http = HttpServer(app, settings.http, sock)
         self.rpc = RpcServer(settings.rpc.host, settings.rpc.port, telemetry)
@@ -133,6 +135,8 @@ class GatewayWorker(Generic[L]):
             tasks.create_task(self.live.run(), name="requests")
             tasks.create_task(self.http.run(), name="http")
             tasks.create_task(self.usage.run(), name="usage")
+            if self._share is not None:
+                tasks.create_task(self._share.run(), name="metrics")
             tasks.create_task(self.resumer.run(), name="streams")
             if self._registry is not None:
                 tasks.create_task(self._registry.run(), name="peers")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
@@ -19,7 +21,18 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from inference_runtime.errors import ServerError
 from inference_runtime.settings import TelemetrySettings
-from inference_runtime.telemetry import MAX_FIELD_CHARS, METRICS, MetricSet, Telemetry, get_logger, setup_telemetry
+from inference_runtime.telemetry import (
+    MAX_FIELD_CHARS,
+    METRICS,
+    Family,
+    MetricSet,
+    Telemetry,
+    get_logger,
+    merged,
+    prometheus_text,
+    setup_telemetry,
+)
+from inference_runtime.telemetry.names import LARGEST
 
 WAIT_S = 10.0
 
@@ -107,6 +120,58 @@ def test_prometheus_text_holds_every_kind() -> None:
     assert f'{name}_bucket{{deployment="demo",le="+Inf"}} 3' in lines
     assert f'{name}_count{{deployment="demo"}} 3' in lines
     assert lines[-1] == ""
+
+
+def test_counts_keep_their_last_digit() -> None:
+    """A rate is a difference: of a count in the millions as well."""
+    metrics = MetricSet()
+    series = metrics.histogram("inference_rpc_seconds", "method")
+    series.observe(0.2, "x")
+    series.values[("x",)][:1] = [12_345_678.0]
+    text = metrics.prometheus_text().decode()
+    assert 'inference_rpc_seconds_count{method="x"} 12345679\n' in text
+    assert 'inference_rpc_seconds_bucket{method="x",le="0.001"} 12345678\n' in text
+
+
+def process_metrics(requests: int, age_s: float, seconds: list[float]) -> MetricSet:
+    """The metrics of one of several processes."""
+    metrics = MetricSet()
+    metrics.counter("inference_requests_total", "deployment", "outcome").inc("demo", "ok", by=requests)
+    metrics.gauge("inference_sessions").set(requests)
+    metrics.gauge("inference_route_table_age_seconds").set(age_s)
+    for value in seconds:
+        metrics.histogram("inference_rpc_seconds", "method").observe(value, "x")
+    return metrics
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 100), st.lists(st.floats(0, 500), max_size=5)), min_size=1, max_size=5)
+)
+def test_the_metrics_of_several_processes_are_those_of_one(parts: list[tuple[int, float, list[float]]]) -> None:
+    """Counters and histograms as one process would have counted them; gauges by their sum, or by the largest."""
+    together = {f.name: f for f in merged(process_metrics(*part).families() for part in parts)}
+    one = {f.name: f for f in process_metrics(0, 0.0, [s for part in parts for s in part[2]]).families()}
+    requests = sum(part[0] for part in parts)
+    assert together["inference_requests_total"].series == [(("demo", "ok"), requests)]
+    assert together["inference_sessions"].series == [((), requests)]
+    assert together["inference_route_table_age_seconds"].series == [((), max(part[1] for part in parts))]
+    if "inference_rpc_seconds" in one:
+        ((_, counted),) = together["inference_rpc_seconds"].series
+        ((_, expected),) = one["inference_rpc_seconds"].series
+        assert counted == pytest.approx(expected)
+
+
+def test_every_gauge_whose_largest_counts_is_in_the_table() -> None:
+    assert METRICS.keys() >= LARGEST
+
+
+def test_what_another_version_shows_in_another_form_is_not_added() -> None:
+    """Workers of two versions run side by side while a gateway is updated."""
+    ours = [Family("inference_sessions", "gauge", (), [((), 2)])]
+    theirs = [Family("inference_sessions", "gauge", ("engine",), [(("a",), 5)]), Family("inference_new", "gauge", (), [((), 1)])]
+    text = prometheus_text(merged([ours, theirs])).decode()
+    assert "\ninference_sessions 2\n" in text
+    assert "inference_new" not in text
 
 
 def test_a_metric_must_stand_in_the_table() -> None:

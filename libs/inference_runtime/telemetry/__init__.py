@@ -6,7 +6,16 @@ process without either pays nothing for spans.
 """
 
 from inference_runtime.telemetry.logs import MAX_FIELD_CHARS, Logger, get_logger
-from inference_runtime.telemetry.metrics import PROMETHEUS_CONTENT_TYPE, Counter, Gauge, Histogram, MetricSet
+from inference_runtime.telemetry.metrics import (
+    PROMETHEUS_CONTENT_TYPE,
+    Counter,
+    Family,
+    Gauge,
+    Histogram,
+    MetricSet,
+    merged,
+    prometheus_text,
+)
 from inference_runtime.telemetry.names import (
     ATTR_FINISH,
     ATTR_INPUT_TOKENS,
@@ -35,11 +44,14 @@ __all__ = [
     "METRICS",
     "PROMETHEUS_CONTENT_TYPE",
     "Counter",
+    "Family",
     "Gauge",
     "Histogram",
     "Logger",
     "MetricSet",
     "Telemetry",
     "get_logger",
+    "merged",
+    "prometheus_text",
     "setup_telemetry",
 ]

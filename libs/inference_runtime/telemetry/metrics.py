@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import bisect
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from inference_runtime import __version__
-from inference_runtime.telemetry.names import METRICS
+from inference_runtime.telemetry.names import LARGEST, METRICS
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.resources import Resource
 
-__all__ = ["PROMETHEUS_CONTENT_TYPE", "SECONDS_BUCKETS", "Counter", "Gauge", "Histogram", "MetricSet"]
+__all__ = [
+    "PROMETHEUS_CONTENT_TYPE",
+    "SECONDS_BUCKETS",
+    "Counter",
+    "Family",
+    "Gauge",
+    "Histogram",
+    "MetricSet",
+    "merged",
+    "prometheus_text",
+]
 
 Labels = tuple[str, ...]
 PROMETHEUS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -74,6 +86,65 @@ class Histogram:
 M = TypeVar("M", Counter, Gauge, Histogram)
 
 
+@dataclass(slots=True)
+class Family:
+    """All series of one metric, at one moment: a number each, or the counts of a histogram and their sum."""
+
+    name: str
+    kind: str  #: "counter", "gauge" or "histogram"
+    labels: Labels
+    series: list[tuple[Labels, float | list[float]]]
+
+
+def merged(parts: Iterable[Sequence[Family]]) -> list[Family]:
+    """The metrics of several processes as those of one. Counters and histograms add up; for gauges see `LARGEST`.
+
+    A family that another version of a process shows under another form is left out of the sum.
+    """
+    whole: dict[str, Family] = {}
+    found: dict[str, dict[Labels, float | list[float]]] = {}
+    for part in parts:
+        for family in part:
+            first = whole.setdefault(family.name, family)
+            if (first.kind, first.labels) != (family.kind, family.labels):
+                continue
+            series = found.setdefault(family.name, {})
+            for labels, value in family.series:
+                series[labels] = _together(family.name, series.get(labels), value)
+    return [Family(f.name, f.kind, f.labels, list(found[f.name].items())) for f in whole.values()]
+
+
+def _together(name: str, one: float | list[float] | None, other: float | list[float]) -> float | list[float]:
+    if one is None:
+        return other
+    if isinstance(one, list):
+        return [a + b for a, b in zip(one, other, strict=True)] if isinstance(other, list) and len(one) == len(other) else one
+    if isinstance(other, list):
+        return one
+    return max(one, other) if name in LARGEST else one + other
+
+
+def prometheus_text(families: Iterable[Family]) -> bytes:
+    """All series in Prometheus' text format, version 0.0.4."""
+    lines: list[str] = []
+    for family in families:
+        if family.name not in METRICS:
+            continue  # of another version of a process
+        name = family.name
+        lines += [f"# HELP {name} {METRICS[name][1]}", f"# TYPE {name} {family.kind}"]
+        for labels, value in family.series:
+            if isinstance(value, list):
+                total = 0.0
+                for bound, count in zip((*map(str, SECONDS_BUCKETS), "+Inf"), value, strict=False):
+                    total += count
+                    lines.append(f"{name}_bucket{_labels((*family.labels, 'le'), (*labels, bound))} {total:.0f}")
+                lines.append(f"{name}_sum{_labels(family.labels, labels)} {value[-1]!r}")
+                lines.append(f"{name}_count{_labels(family.labels, labels)} {total:.0f}")
+            else:
+                lines.append(f"{name}{_labels(family.labels, labels)} {value!r}")
+    return ("\n".join(lines) + "\n").encode()
+
+
 class MetricSet:
     """The metrics of one process. Names must stand in METRICS.
 
@@ -109,22 +180,17 @@ class MetricSet:
 
     def prometheus_text(self) -> bytes:
         """All series in Prometheus' text format, version 0.0.4."""
-        lines: list[str] = []
-        for metric in self._metrics:
+        return prometheus_text(self.families())
+
+    def families(self) -> list[Family]:
+        """All series as they are now. May be called from any thread."""
+        found = []
+        for metric in list(self._metrics):
             kind = "histogram" if isinstance(metric, Histogram) else "gauge" if isinstance(metric, Gauge) else "counter"
-            lines += [f"# HELP {metric.name} {METRICS[metric.name][1]}", f"# TYPE {metric.name} {kind}"]
-            if isinstance(metric, Histogram):
-                for labels, series in list(metric.values.items()):
-                    total = 0.0
-                    for bound, count in zip((*map(str, SECONDS_BUCKETS), "+Inf"), series, strict=False):
-                        total += count
-                        lines.append(f"{metric.name}_bucket{_labels((*metric.labels, 'le'), (*labels, bound))} {total:g}")
-                    lines.append(f"{metric.name}_sum{_labels(metric.labels, labels)} {series[-1]!r}")
-                    lines.append(f"{metric.name}_count{_labels(metric.labels, labels)} {total:g}")
-            else:
-                for labels, value in list(metric.values.items()):
-                    lines.append(f"{metric.name}{_labels(metric.labels, labels)} {value!r}")
-        return ("\n".join(lines) + "\n").encode()
+            values: dict[Labels, Any] = {**metric.values}
+            series = [(labels, value[:] if isinstance(value, list) else value) for labels, value in values.items()]
+            found.append(Family(metric.name, kind, metric.labels, series))
+        return found
 
     def otlp_data(self, resource: Resource) -> MetricsData:
         """All series as OpenTelemetry data points, cumulative."""

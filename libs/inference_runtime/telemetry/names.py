@@ -24,7 +24,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_retries_total": ("", "Further attempts, by deployment and kind (retry: refused; move: replica lost)"),
     "inference_resumptions_total": ("", "Broken answers, by deployment and outcome (resumed: went on elsewhere; failed)"),
     "inference_gateway_peers": ("", "Other gateways that are known"),
-    "inference_gateway_peers": ("", "Other gateways that are known"),
     "inference_stream_copies": ("", "Streams of this gateway that another one is given a copy of"),
     "inference_stream_records": ("", "Streams kept for clients that may come back, copies for other gateways among them"),
     "inference_stream_returns_total": ("", "Clients that came back to a stream, by outcome (resumed, kept, over, or the reason)"),
@@ -44,6 +43,18 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_loop_blocked_seconds": ("s", "Times that the event loop of a process was blocked for 0.2 s or more"),
     "inference_rpc_seconds": ("s", "Duration of a unary call, by method"),
 }
+
+#: Gauges of which the largest counts where several processes show theirs as one. Of all others the sum does.
+LARGEST = frozenset(
+    {
+        "inference_gateway_peers",
+        "inference_replicas_ejected",
+        "inference_replicas_silent",
+        "inference_route_table_age_seconds",
+        "inference_route_table_revision",
+        "inference_store_refused",
+    }
+)
 
 #: Span attributes of the GenAI conventions.
 ATTR_OPERATION = "gen_ai.operation.name"

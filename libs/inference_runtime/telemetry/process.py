@@ -6,10 +6,11 @@ import contextlib
 import http.server
 import logging
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from inference_runtime import __version__
@@ -37,6 +38,8 @@ class Telemetry:
         self.service = service
         self.metrics = MetricSet()
         self.tracer: Tracer | None = None
+        #: What is shown to Prometheus on a port of its own.
+        self.render: Callable[[], bytes] = self.metrics.prometheus_text
         self.prometheus_address = ""
         self._rpc_seconds = self.metrics.histogram("inference_rpc_seconds", "method")
         self._stop = threading.Event()
@@ -70,7 +73,13 @@ class Telemetry:
                 return getattr(preset, "span_id", 0) or super().generate_span_id()
 
         self._sampler = ParentBased(TraceIdRatioBased(settings.trace_ratio))
-        resource = Resource.create({"service.name": f"inference-{self.service}", "service.version": __version__})
+        resource = Resource.create(
+            {
+                "service.name": f"inference-{self.service}",
+                "service.version": __version__,
+                "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",  # a collector keeps processes apart by it
+            }
+        )
         self._provider = TracerProvider(resource=resource, sampler=self._sampler, id_generator=Ids())
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=True)))
         self.tracer = self._provider.get_tracer("inference_runtime", __version__)
@@ -86,11 +95,11 @@ class Telemetry:
         self._threads[-1].start()
 
     def _start_prometheus(self, port: int) -> None:
-        metrics = self.metrics
+        telemetry = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = metrics.prometheus_text() if self.path.split("?")[0] == "/metrics" else b""
+                body = telemetry.render() if self.path.split("?")[0] == "/metrics" else b""
                 self.send_response(200 if body else 404)
                 self.send_header("content-type", PROMETHEUS_CONTENT_TYPE)
                 self.send_header("content-length", str(len(body)))

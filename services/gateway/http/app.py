@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import re
 import time
 import urllib.parse
@@ -20,6 +22,7 @@ from services.gateway.http.server import Connection, HttpRequest
 from services.gateway.http.sse import CHAT, COMPLETION, Shape, StreamSink, UnarySink
 from services.gateway.http.streams import LAST_EVENT_ID, STREAMS, StreamDoor
 from services.gateway.live import LiveRequests, new_id
+from services.gateway.metric_share import MetricShare
 from services.gateway.needs import needs_of
 from services.gateway.request import Request
 from services.gateway.routes import Route, RouteTable
@@ -66,6 +69,8 @@ class HttpApp:
         self._live, self._table, self._keys, self._metrics, self._started_s = live, table, keys, metrics, started_s
         #: There are no keys, so that this machine's own programs need none. A web page in a browser is not one of them.
         self._loopback_only = loopback_only
+        #: The other workers' metrics, where there are others: /metrics shows them all.
+        self.share: MetricShare | None = None
         #: What /readyz says of the control plane besides: where the routes come from, and what an operator should know.
         self.control_plane: Callable[[], dict[str, object]] = dict
         self._posts: dict[bytes, tuple[Callable[[bytes], Asked], Shape]] = {
@@ -208,8 +213,16 @@ class HttpApp:
         self._reply(connection, request, {"status": "not ready", "reason": reason}, 503, b"retry-after: 1\r\n")
 
     def _show_metrics(self, connection: Connection, request: HttpRequest) -> None:
-        content_type = PROMETHEUS_CONTENT_TYPE.encode()
-        connection.respond(200, self._metrics.prometheus_text(), content_type, _id_line(), head_only=request.method == b"HEAD")
+        send = functools.partial(_send_metrics, connection, request.method == b"HEAD")
+        if self.share is None:
+            send(self._metrics.prometheus_text())
+            return
+        shown = asyncio.get_running_loop().run_in_executor(None, self.share.text)
+        shown.add_done_callback(lambda done: None if done.cancelled() else send(done.result()))
+
+
+def _send_metrics(connection: Connection, head_only: bool, text: bytes) -> None:
+    connection.respond(200, text, PROMETHEUS_CONTENT_TYPE.encode(), _id_line(), head_only=head_only)
 
 
 #: The Origin of a page that this machine serves itself.

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import grpc
 import pytest
 
 from inference_runtime.testing.etcd import EtcdProcess
+from inference_runtime.v1 import gateway_service_pb2, gateway_service_pb2_grpc
 
 T = TypeVar("T")
 
@@ -136,6 +138,31 @@ def workers_of(parent: int) -> set[int]:
     """Process ids of a parent's workers."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True)
     return {int(pid) for pid in found.stdout.split()}
+
+
+def scrape(address: str) -> str:
+    """What stands at /metrics."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+        return str(response.read().decode())
+
+
+def test_one_scrape_shows_all_workers_at_both_ports(tmp_path: Path, etcd: str) -> None:
+    """Whichever worker is asked, it tells of the other one too. The port for Prometheus is the parent's, since no two workers can
+    have it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    gateway = Process(tmp_path, "--workers", "2", ETCD__ENDPOINTS=etcd, TELEMETRY__PROMETHEUS_PORT=str(port))
+    addresses = gateway.addresses()
+    with grpc.insecure_channel(addresses["grpc"]) as channel:  # of the first worker alone
+        stub = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[no-untyped-call]
+        for _ in range(3):
+            stub.ListModels(gateway_service_pb2.ListModelsRequest(), timeout=5)
+    counted = 'inference_rpc_seconds_count{method="/inference_runtime.v1.GatewayService/ListModels"} 3\n'
+    for place in (addresses["http"], f"127.0.0.1:{port}"):
+        until(lambda: all(counted in scrape(place) for _ in range(10)), f"the sum at {place}")  # noqa: B023
+    gateway.popen.send_signal(signal.SIGTERM)
+    status, said = gateway.end()
+    assert (status, "Traceback" in said) == (0, False)
 
 
 def test_workers_share_a_port_are_replaced_when_they_die_and_end_with_their_parent(tmp_path: Path, etcd: str) -> None:
