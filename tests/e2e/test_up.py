@@ -178,7 +178,7 @@ def test_a_process_that_dies_again_and_again_is_given_up_with_one_sentence(tmp_p
 
 
 def test_a_second_ctrl_c_means_now(tmp_path: Path) -> None:
-    """The first Ctrl-C lets a running answer end (a second); the second does not wait. Two gateway workers leave nothing either."""
+    """The first Ctrl-C lets a running answer end (a second); the second does not wait. Two workers leave nothing either."""
     file = scripted(tmp_path, runtime_config={"pace_s": 0.05})
     with Up(tmp_path / "state", ["--workers", "2", "-f", str(file)]).start().wait_serving() as running:
         body = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5000, "stream": True})

@@ -35,7 +35,6 @@ ENDLESS = SamplingParams(max_tokens=30_000)
 async def draining(engine: EngineUnderTest) -> AsyncIterator[asyncio.Task[None]]:
     """The engine drains during the body, as its `__main__` has it do."""
     engine.replicas.start_draining()
-    engine.service.notify_draining()
     async with asyncio.TaskGroup() as tasks:
         yield tasks.create_task(engine.replicas.drain())
 
@@ -247,6 +246,22 @@ async def test_the_process_hands_over_what_outlives_the_time_out_and_exits_with_
         assert answer.token_ids == expected_tokens(user_says("hello"), None, 0, len(answer.token_ids))
         assert await asyncio.to_thread(process.wait, 20) == 0
         assert await state_in_etcd(client) is None
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+async def test_a_model_that_still_loads_does_not_hold_up_the_end(etcd: EtcdProcess, client: EtcdClient, isolation: str) -> None:
+    """Weights take minutes; nobody waits for them to be loaded in order to throw them away. Nor for the interpreter to tear down."""
+    process = start_process(etcd)
+    try:
+        wanted = assignment("loads", {"load_s": 600}, isolation=isolation)
+        await client.put(keys.assignment("process", "loads-0"), wanted.SerializeToString())
+        await until_state(client, "loads-0", common_pb2.REPLICA_STATE_LOADING)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 60) == 0
+        assert await state_in_etcd(client) is None
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
