@@ -25,6 +25,7 @@ from inference_runtime.deployment import DeploymentSpec, parse_deployment
 from inference_runtime.errors import (
     BadRequest,
     DeploymentNotFound,
+    EngineLost,
     InferenceError,
     Internal,
     NetworkError,
@@ -225,6 +226,46 @@ class InferenceClient:
     async def leaders(self) -> dict[str, common_pb2.Leader | None]:
         """Who leads each role; None while nobody does."""
         return {role: await self._leader(role) for role in ROLES}
+
+    async def drain_engine(self, engine_id: str, *, undo: bool = False) -> int:
+        """Take an engine out of service without ending it, or (`undo`) put it back.
+
+        Returns the requests that run there now: they get the engine's drain time-out to end; other engines go on with the rest.
+        Raises EngineLost when no engine has this id.
+        """
+        channel = self._channel((await self._engine(engine_id)).address)
+        stub = engine_service_pb2_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
+        response: engine_service_pb2.DrainEngineResponse
+        response = await self._call(stub.DrainEngine, engine_service_pb2.DrainEngineRequest(undo=undo))
+        return response.requests
+
+    async def wait_drained(self, engine_id: str, timeout_s: float = 300.0) -> None:
+        """Wait until no request runs or waits on an engine.
+
+        Raises:
+            EngineLost: No engine has this id.
+            Timeout: Some still run; the message says how many.
+        """
+        channel = self._channel((await self._engine(engine_id)).address)
+        stub = engine_service_pb2_grpc.EngineServiceStub(channel)  # type: ignore[no-untyped-call]
+        left = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    seen: engine_service_pb2.GetEngineResponse
+                    seen = await self._call(stub.GetEngine, engine_service_pb2.GetEngineRequest())
+                    left = sum(load.running + load.queued for load in seen.loads)
+                    if not left:
+                        return
+                    await asyncio.sleep(LEADER_RETRY_S)
+        except TimeoutError as err:
+            raise Timeout(f"engine {engine_id!r} still has {left} requests after {timeout_s:g} s") from err
+
+    async def _engine(self, engine_id: str) -> common_pb2.Engine:
+        for engine in await self.engines():
+            if engine.id == engine_id:
+                return engine
+        raise EngineLost(f"no engine has the id {engine_id!r}; list them with `inferctl get engines`", engine_id=engine_id)
 
     async def rebuild_session(self, replica_id: str, cause: engine_service_pb2.RebuildCause | None = None) -> int:
         """Replace the context or remote session of a replica by hand. Returns the new context generation.

@@ -60,9 +60,7 @@ async def serve(settings: EngineSettings, telemetry: Telemetry) -> None:
             await stop.wait()
             log.info("draining", timeout_s=settings.drain_timeout_s, notice_s=settings.drain_notice_s)
             await server.set_serving(False)
-            node.set_state(common_pb2.ENGINE_STATE_DRAINING)
             replicas.start_draining()
-            service.notify_draining()
             await node.settled(ANNOUNCE_S)  # before anything of it goes: nobody shall take this for a death
             await replicas.drain()
             await service.end_sessions(FLUSH_S)

@@ -197,6 +197,13 @@ class EngineCore:
         if self.state is not CoreState.FAILED:
             self._set_state(CoreState.DRAINING, "")
 
+    def stop_draining(self) -> None:
+        """Take requests again."""
+        self._admits = True
+        if self.state is CoreState.DRAINING:
+            up = CoreState.SERVING if self._worker.ready else CoreState.RESTARTING
+            self._set_state(CoreState.LOADING if self.info is None else up, "")
+
     def stop_admission(self) -> None:
         """Take nothing new; what runs and waits goes on."""
         self._admits = False

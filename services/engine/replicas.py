@@ -50,6 +50,8 @@ class _Hosted:
     core: EngineCore | None = None
     fault: str = ""
     task: asyncio.Task[None] | None = None
+    #: It was taken back, or is being replaced.
+    ending: bool = False
 
 
 class Replicas:
@@ -83,8 +85,13 @@ class Replicas:
         self.engine = engine
         #: Gateways that may still send requests here because they have not heard that something drains.
         self.callers: Callable[[], int] = lambda: 1
+        #: Called with True once the engine drains, with False once it is back in service.
+        self.on_draining: list[Callable[[bool], None]] = []
         self._settings = settings
         self._drain = self._new_drain()
+        self._ends = False
+        self._draining: asyncio.Task[None] | None = None
+        self._deferred: dict[str, common_pb2.Assignment] = {}  # assigned while it drained
         self._publish, self._withdraw, self._publish_engine = publish, withdraw, publish_engine
         self._policy, self._hang_s, self._trials_s, self._spawner = policy, hang_s, trials_s, Spawner()
         self._ready_s = settings.ready_s
@@ -112,7 +119,8 @@ class Replicas:
     def assign(self, assignment: common_pb2.Assignment) -> None:
         """Host a replica as assigned. The same revision again takes over its bounds; another one replaces the replica."""
         if self.draining:
-            log.info("assignment ignored: the engine drains", replica=assignment.replica_id)
+            log.info("assignment waits: the engine drains", replica=assignment.replica_id)
+            self._deferred[assignment.replica_id] = assignment
             return
         known = self._hosted.get(assignment.replica_id)
         if known is None:
@@ -126,6 +134,7 @@ class Replicas:
 
     def unassign(self, replica_id: str) -> None:
         """Drain a replica, then stop it. Unknown ones are ignored."""
+        self._deferred.pop(replica_id, None)
         hosted = self._hosted.get(replica_id)
         if hosted is not None:
             self._stop(hosted, then=None)
@@ -139,11 +148,57 @@ class Replicas:
         """It closes, or has closed. Who has not heard of it is still served for a while."""
         return self._drain.stage is not Stage.OPEN
 
+    @property
+    def admits(self) -> bool:
+        """Whether it takes requests."""
+        return self._drain.admits
+
+    @property
+    def requests(self) -> int:
+        """Requests that run or wait here."""
+        return sum(core.running + core.queued for core in self._cores())
+
     def start_draining(self) -> None:
-        """Say that it will close, in the record of each replica. `drain` does the rest."""
+        """Say that it will end: in its record, in those of its replicas, and to whoever listens. `drain` does the rest."""
+        self._ends = True
+        self._announce()
+
+    def _announce(self) -> None:
+        if self.draining:
+            return
         self._drain.begin(asyncio.get_running_loop().time())
+        self._set_state(common_pb2.ENGINE_STATE_DRAINING)
         for core in self._cores():
             core.start_draining()
+        for tell in self.on_draining:
+            tell(True)
+
+    def _set_state(self, state: common_pb2.EngineState) -> None:
+        self.engine.state = state
+        self._publish_engine()
+
+    def close(self) -> None:
+        """Drain, and stay: what `drain` does, in the background. What is assigned meanwhile waits."""
+        self._announce()
+        if self._draining is None:
+            assert self._group is not None, "run() comes first"
+            self._draining = self._group.create_task(self._close(self._drain, self._cores()), name="drain")
+
+    def open(self) -> None:
+        """Take requests again after `close`, and host what was assigned meanwhile. An engine that ends stays closed."""
+        if self._draining is None or self._ends:
+            return
+        self._draining.cancel()
+        self._draining, self._drain = None, self._new_drain()
+        for hosted in self._hosted.values():
+            if hosted.core is not None and not hosted.ending:
+                hosted.core.stop_draining()
+        self._set_state(common_pb2.ENGINE_STATE_READY)
+        for tell in self.on_draining:
+            tell(False)
+        deferred, self._deferred = self._deferred, {}
+        for assignment in deferred.values():
+            self.assign(assignment)
 
     async def drain(self) -> None:
         """Let what runs end, and hand over what has not within the drain time-out.
@@ -208,11 +263,12 @@ class Replicas:
         hosted.task = self._group.create_task(hosted.core.run(), name=f"replica-{assignment.replica_id}")
 
     def _stop(self, hosted: _Hosted, then: common_pb2.Assignment | None) -> None:
-        if hosted.core is not None and hosted.core.state is CoreState.DRAINING:
+        if hosted.ending:
             if then is not None:
                 log.info("assignment waits for the old replica to drain", replica=then.replica_id)
             hosted.assignment = then or hosted.assignment
             return
+        hosted.ending = True
         if hosted.core is not None:
             hosted.core.start_draining()
         assert self._group is not None, "run() comes first"
@@ -231,8 +287,8 @@ class Replicas:
         self._withdraw(before.deployment, replica_id)
         if hosted.assignment is not before:
             then = hosted.assignment
-        if then is not None and not self.draining:
-            self._start(then)
+        if then is not None:
+            self.assign(then)
 
     def _note(self, hosted: _Hosted) -> None:
         """A core changed: publish it, and wake whoever waits for a state. A device that ended it takes nothing any more."""
@@ -253,8 +309,8 @@ class Replicas:
         Raises:
             InferenceError: A typed refusal: see EngineCore.submit.
         """
-        if not self._drain.admits:
-            raise Draining("the engine is shutting down; send the request to another one")
+        if not self.admits:
+            raise Draining("the engine drains; send the request to another one")
         return self._find(proto).submit(submission_from_proto(proto), outlet)
 
     def _find(self, proto: engine_service_pb2.Submission) -> EngineCore:

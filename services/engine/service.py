@@ -81,6 +81,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         self.sessions: set[Session] = set()
         self._gauge = sessions
         replicas.callers = lambda: len(self.sessions)
+        replicas.on_draining.append(self._notify)
 
     async def Execute(
         self, request: engine_service_pb2.ExecuteRequest, context: Context
@@ -158,10 +159,20 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         self._replicas.reset(request.replica_id)
         return engine_service_pb2.ResetReplicaResponse()
 
-    def notify_draining(self) -> None:
-        """Tell every session that the engine drains."""
+    async def DrainEngine(
+        self, request: engine_service_pb2.DrainEngineRequest, context: object
+    ) -> engine_service_pb2.DrainEngineResponse:
+        """Take the engine out of service, or put it back."""
+        log.info("an operator asks", undo=request.undo)
+        if request.undo:
+            self._replicas.open()
+        else:
+            self._replicas.close()
+        return engine_service_pb2.DrainEngineResponse(requests=self._replicas.requests)
+
+    def _notify(self, draining: bool) -> None:
         for session in self.sessions:
-            session.notify_draining()
+            session.notify(draining)
 
     async def end_sessions(self, timeout_s: float) -> None:
         """End every session once what waits for its gateway is written; give up on those that do not read it in time."""

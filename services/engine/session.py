@@ -175,11 +175,11 @@ class Session:
             if streams:
                 log.info("session ended with running requests", gateway=self.gateway_id, cancelled=len(streams))
 
-    def notify_draining(self) -> None:
-        """Tell the peer to submit nothing more. One that has not said hello yet learns it from the welcome."""
+    def notify(self, draining: bool) -> None:
+        """Tell the peer to submit nothing more, or again. One that has not said hello yet learns it from the welcome."""
         if not self._welcomed:
             return
-        self._first.append(engine_service_pb2.SessionResponse(draining=True))
+        self._first.append(engine_service_pb2.SessionResponse(draining=draining, accepting=not draining))
         self._wake.set()
 
     def finish(self) -> None:

@@ -201,6 +201,9 @@ class Session:
                 self._dispatch(message.frame)
             if message.draining:
                 self.up = False
+            elif message.accepting:
+                self.up = True
+                self._on_up()
         writer.cancel()
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]

@@ -149,6 +149,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(up: Up, terminal: Terminal) ->
     [
         (["chat", "nobody", "--once", "x"], "nobody"),
         (["delete", "nobody"], "nobody"),
+        (["drain", "nobody"], "nobody"),
         (["apply", "-f", "/no/such/file.toml"], "/no/such/file.toml"),
         (["get", "deployments", "--etcd", "127.0.0.1:1"], "127.0.0.1:1"),
         (["chat", "echo", "--once", "x", "--http", "127.0.0.1:1"], "127.0.0.1:1"),
@@ -188,4 +189,4 @@ def test_help_names_every_command() -> None:
     run = inferctl("--help")
 
     assert run.returncode == 0
-    assert all(command in run.stdout for command in ("up", "get", "apply", "delete", "chat"))
+    assert all(command in run.stdout for command in ("up", "get", "apply", "delete", "drain", "chat"))

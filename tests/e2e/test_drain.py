@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from bench.faults.load import MODEL, Load
 from inference_runtime.testing.cluster import Cluster
 from inference_runtime.testing.history import History, Stream
-from tests.e2e.kit import ECHO, Up, project
+from tests.e2e.kit import ECHO, Up, project, wait_for
 
 #: Streams at any time, their tokens, and the seconds of each token: three seconds a stream.
 STREAMS, TOKENS, PACE_S = 12, 150, 0.02
@@ -135,6 +136,36 @@ async def test_a_stream_that_outlives_its_gateway_goes_on_at_another() -> None:
             await reader.read(client, second)
     assert "ask another" in reader.told
     history.check()
+
+
+def test_an_engine_is_taken_out_of_service_and_put_back_by_name(tmp_path: Path) -> None:
+    """`inferctl drain`: its replica moves to the other engine while requests are answered; `--undo` makes it ready again."""
+    file = project(tmp_path / "project.toml", ECHO)
+    with Up(tmp_path / "state", ["--engines", "2", "-f", str(file)]).start().wait_serving() as running:
+
+        def table(kind: str) -> list[dict[str, Any]]:
+            rows: list[dict[str, Any]] = json.loads(running.cli("get", kind, "-o", "json").stdout)
+            return rows
+
+        def replicas() -> list[dict[str, Any]]:
+            return [row["replica"] for row in table("replicas")]
+
+        def engine_of_echo() -> set[str]:
+            return {r["engine_id"] for r in replicas() if r["state"] == "REPLICA_STATE_SERVING"}
+
+        def state_of(engine: str) -> str:
+            return next(str(e["state"]) for e in table("engines") if e["id"] == engine)
+
+        (engine,) = engine_of_echo()
+        drained = running.cli("drain", engine, "--wait")
+        assert (drained.returncode, drained.stdout.splitlines()[-1]) == (0, f"engine {engine}: drained")
+        assert state_of(engine) == "ENGINE_STATE_DRAINING"
+        wait_for(lambda: len(engine_of_echo() - {engine}) == 1, "its replica serves elsewhere")
+        assert running.cli("chat", "echo", "--once", "hello", "--max-tokens", "3").returncode == 0
+
+        back = running.cli("drain", engine, "--undo")
+        assert (back.returncode, back.stdout) == (0, f"engine {engine}: back in service\n")
+        wait_for(lambda: state_of(engine) == "ENGINE_STATE_READY", "it is ready again")
 
 
 def stream(running: Up) -> socket.socket:

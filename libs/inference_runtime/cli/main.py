@@ -24,6 +24,8 @@ __all__ = ["main"]
 
 #: Seconds that `apply --wait` waits for each deployment.
 APPLY_WAIT_S = 300.0
+#: Seconds that `drain --wait` waits.
+DRAIN_WAIT_S = 900.0
 
 _etcd = click.option("--etcd", envvar="INFERENCE_ETCD", default="", metavar="HOST:PORT", help="Members of the cluster's etcd.")
 _state_dir = click.option(
@@ -116,6 +118,29 @@ def delete(name: str, etcd: str, state_dir: Path | None) -> None:
 
     with_client(locate(etcd, state_dir), lambda client: client.delete(name))
     click.echo(f"deployment {name}: deleted")
+
+
+@cli.command()
+@click.argument("engine")
+@click.option("--undo", is_flag=True, help="Put it back into service.")
+@click.option("--wait", is_flag=True, help="Return once nothing runs there any more.")
+@_etcd
+@_state_dir
+def drain(engine: str, undo: bool, wait: bool, etcd: str, state_dir: Path | None) -> None:
+    """Take ENGINE out of service without ending it.
+
+    It takes nothing new, its replicas move to other engines, and what has not ended within its drain time-out goes on elsewhere.
+    """
+    from inference_runtime.cli.views import with_client
+
+    async def work(client: InferenceClient) -> None:
+        left = await client.drain_engine(engine, undo=undo)
+        click.echo(f"engine {engine}: {'back in service' if undo else f'drains, {left} requests run'}")
+        if wait and not undo:
+            await client.wait_drained(engine, DRAIN_WAIT_S)
+            click.echo(f"engine {engine}: drained")
+
+    with_client(locate(etcd, state_dir), work)
 
 
 @cli.command()

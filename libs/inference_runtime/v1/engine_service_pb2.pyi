@@ -186,16 +186,18 @@ class SessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., submissions: _Optional[_Iterable[_Union[Submission, _Mapping]]] = ..., cancellations: _Optional[_Iterable[_Union[Cancellation, _Mapping]]] = ..., credits: _Optional[_Iterable[_Union[CreditGrant, _Mapping]]] = ..., ping: _Optional[int] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("welcome", "frame", "draining", "pong")
+    __slots__ = ("welcome", "frame", "draining", "pong", "accepting")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTING_FIELD_NUMBER: _ClassVar[int]
     welcome: SessionWelcome
     frame: ChunkFrame
     draining: bool
     pong: int
-    def __init__(self, welcome: _Optional[_Union[SessionWelcome, _Mapping]] = ..., frame: _Optional[_Union[ChunkFrame, _Mapping]] = ..., draining: bool = ..., pong: _Optional[int] = ...) -> None: ...
+    accepting: bool
+    def __init__(self, welcome: _Optional[_Union[SessionWelcome, _Mapping]] = ..., frame: _Optional[_Union[ChunkFrame, _Mapping]] = ..., draining: bool = ..., pong: _Optional[int] = ..., accepting: bool = ...) -> None: ...
 
 class GetEngineRequest(_message.Message):
     __slots__ = ()
@@ -224,6 +226,18 @@ class RebuildReplicaResponse(_message.Message):
     CONTEXT_GENERATION_FIELD_NUMBER: _ClassVar[int]
     context_generation: int
     def __init__(self, context_generation: _Optional[int] = ...) -> None: ...
+
+class DrainEngineRequest(_message.Message):
+    __slots__ = ("undo",)
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    undo: bool
+    def __init__(self, undo: bool = ...) -> None: ...
+
+class DrainEngineResponse(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    def __init__(self, requests: _Optional[int] = ...) -> None: ...
 
 class ResetReplicaRequest(_message.Message):
     __slots__ = ("replica_id",)

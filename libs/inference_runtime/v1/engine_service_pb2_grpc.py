@@ -50,6 +50,11 @@ class EngineServiceStub(object):
                 request_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineRequest.SerializeToString,
                 response_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineResponse.FromString,
                 _registered_method=True)
+        self.DrainEngine = channel.unary_unary(
+                '/inference_runtime.v1.EngineService/DrainEngine',
+                request_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.DrainEngineRequest.SerializeToString,
+                response_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.DrainEngineResponse.FromString,
+                _registered_method=True)
         self.ResetReplica = channel.unary_unary(
                 '/inference_runtime.v1.EngineService/ResetReplica',
                 request_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.ResetReplicaRequest.SerializeToString,
@@ -88,6 +93,14 @@ class EngineServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainEngine(self, request, context):
+        """DrainEngine takes an engine out of service without ending it, or puts it back. It answers at once: requests that run get the
+        engine's drain time-out to end and are handed over to other engines after it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResetReplica(self, request, context):
         """ResetReplica arms a replica again that gave up: its restarts are forgotten and a new context is started.
         """
@@ -119,6 +132,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.GetEngine,
                     request_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineRequest.FromString,
                     response_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineResponse.SerializeToString,
+            ),
+            'DrainEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainEngine,
+                    request_deserializer=inference__runtime_dot_v1_dot_engine__service__pb2.DrainEngineRequest.FromString,
+                    response_serializer=inference__runtime_dot_v1_dot_engine__service__pb2.DrainEngineResponse.SerializeToString,
             ),
             'ResetReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetReplica,
@@ -213,6 +231,33 @@ class EngineService(object):
             '/inference_runtime.v1.EngineService/GetEngine',
             inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineRequest.SerializeToString,
             inference__runtime_dot_v1_dot_engine__service__pb2.GetEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference_runtime.v1.EngineService/DrainEngine',
+            inference__runtime_dot_v1_dot_engine__service__pb2.DrainEngineRequest.SerializeToString,
+            inference__runtime_dot_v1_dot_engine__service__pb2.DrainEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -199,7 +199,7 @@ class Gateway:
         self.frames: list[engine_service_pb2.ChunkFrame] = []
         #: Prompt tokens of what was admitted, by stream; each is told once.
         self.admitted: dict[int, int] = {}
-        self.draining = False
+        self.draining = self.accepting = False
         self.welcome: engine_service_pb2.SessionWelcome | None = None
         self.end: grpc.aio.AioRpcError | None = None
         self.on_row: Callable[[int], None] = lambda stream_id: None
@@ -227,8 +227,8 @@ class Gateway:
             async for response in self.call:
                 if response.HasField("welcome"):
                     self.welcome = response.welcome
-                if response.draining:
-                    self.draining = True
+                self.draining = self.draining or response.draining
+                self.accepting = self.accepting or response.accepting
                 if response.HasField("frame"):
                     self._take(response.frame)
         except grpc.aio.AioRpcError as err:

@@ -21,7 +21,7 @@ import pytest
 from inference_runtime.errors import Draining
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.testing.etcd import EtcdProcess
-from inference_runtime.v1 import gateway_service_pb2, gateway_service_pb2_grpc
+from inference_runtime.v1 import engine_service_pb2, gateway_service_pb2, gateway_service_pb2_grpc
 from services.gateway.allowance import MAX_HAND_OVERS
 from tests.integration.gateway.conftest import Start
 from tests.integration.gateway.peer import Row, deployment_route, error_row, last_row, peer, until
@@ -101,6 +101,19 @@ async def test_a_session_that_its_engine_ends_in_order_costs_nothing(start: Star
         other = b if first is a else a
         other.send(last_row(await other.submission(), 0, [1], "ok"))
         assert (await asking).json()["choices"][0]["message"]["content"] == "ok"
+
+
+async def test_an_engine_that_is_put_back_into_service_gets_requests_again(start: Start) -> None:
+    """An operator drains an engine and thinks better of it: its sessions are told, and nothing is opened anew."""
+    async with peer("a") as a, start() as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        a.send_raw(engine_service_pb2.SessionResponse(draining=True))
+        await until(lambda: not gateway.worker.table.ready, "draining noticed")
+        asking = asyncio.create_task(gateway.chat())
+        a.send_raw(engine_service_pb2.SessionResponse(accepting=True))
+        a.send(last_row(await a.submission(), 0, [1], "ok"))
+        assert (await asking).status_code == 200
+        assert a.sessions == 1
 
 
 async def test_an_engine_that_drains_already_when_the_session_opens_gets_nothing(start: Start) -> None:
