@@ -225,17 +225,6 @@ async def test_a_prefix_with_a_token_that_the_model_lacks_costs_nobody_else_anyt
         check_exact(await gateway.answer(1), "hello", 10)
 
 
-async def test_a_prefix_with_a_token_that_the_model_lacks_costs_nobody_else_anything() -> None:
-    """A client brings tokens back in an event id: they are input like any other."""
-    async with running_engine() as engine, session(engine) as gateway:
-        await engine.host(assignment("resume", {"pace_s": 0.002}))
-        await gateway.send(submission(1, "resume"), submission(2, "resume", prefix=(300, 2**32 - 1)))
-        error = (await gateway.answer(2)).error
-        assert isinstance(error, BadRequest)
-        assert error.param == "generated_prefix"
-        check_exact(await gateway.answer(1), "hello", 10)
-
-
 async def test_a_stop_string_that_the_prefix_began_is_completed() -> None:
     """Stop strings survive a move to another replica."""
     async with running_engine() as engine, session(engine) as gateway:
@@ -282,14 +271,19 @@ async def test_credits_bound_what_is_sent_and_grants_let_the_rest_go() -> None:
         check_exact(await gateway.answer(1), "hello", 10)
 
 
-async def test_choices_of_one_request_are_apart_and_continued_as_themselves() -> None:
-    """A choice is a function of (seed, choice, index): equal seeds, different answers, each the same wherever it goes on."""
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+async def test_choices_of_one_request_are_apart_and_continued_as_themselves(isolation: str) -> None:
+    """A choice is a function of (seed, choice, index): equal seeds, different answers, each the same wherever it goes on, on the
+    next context included."""
     sampling = SamplingParams(max_tokens=10, seed=5)
     whole = [expected_tokens(user_says("hello"), 5, choice, 10) for choice in range(3)]
     async with running_engine() as engine, session(engine) as gateway:
-        await engine.host(assignment("choices", {"pace_s": 0.001}))
+        dies = isolation == "thread"  # a process of its own would die each time
+        config = {"pace_s": 0.001, "poison_at_step": 5 if dies else 0}
+        await engine.host(assignment("choices", config, isolation=isolation))
         await gateway.send(*(submission(k, "choices", sampling=sampling, choice=k) for k in range(3)))
         assert [(await gateway.answer(k)).token_ids for k in range(3)] == whole
+        assert engine.replica("choices-0").restarts == dies
         await gateway.send(submission(8, "choices", sampling=sampling, choice=2, prefix=tuple(whole[2][:4])))
         assert (await gateway.answer(8)).token_ids == whole[2][4:]
         strange = submission(9, "choices", sampling=sampling, choice=1)
