@@ -12,8 +12,18 @@ import grpc
 import httpx
 import pytest
 
+from inference_runtime.client import InferenceClient
 from inference_runtime.errors import BadRequest, EngineLost, InferenceError
-from inference_runtime.generation import ChatPrompt, GenerationRequest, Message, Role, SamplingParams, TextPart
+from inference_runtime.generation import (
+    ChatPrompt,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    Role,
+    SamplingParams,
+    TextPart,
+    TokenChunk,
+)
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.runners.scripted import ScriptedCodec, scripted_tokens
 from inference_runtime.testing.scripted import expected_text, expected_tokens, user_says
@@ -315,6 +325,24 @@ async def test_a_call_whose_second_choice_fails_ends_with_its_error(
     error: InferenceError = error_from_rpc(caught.value)
     assert isinstance(error, BadRequest)
     await engine.cancelled(first)
+
+
+async def test_the_client_tells_choices_apart_and_does_not_mix_them_up(gateway: Gateway, engine: Peer) -> None:
+    async with InferenceClient(gateway.worker.rpc.address) as client:
+        with pytest.raises(BadRequest):
+            await client.complete("demo", "hi", SamplingParams(n=2))
+
+        async def ask() -> list[TokenChunk]:
+            return [chunk async for chunk in client.generate("demo", "hi", SamplingParams(n=2))]
+
+        asking = asyncio.create_task(ask())
+        first, second = await submitted(engine, 2)
+        engine.send(last_row(second, 0, [7], "two"))
+        engine.send(last_row(first, 0, [8, 9], "one"))
+        chunks = await asking
+    assert [(c.choice, c.text, c.finish_reason, c.usage and c.usage.output_tokens) for c in chunks] == [
+        (1, "two", FinishReason.STOP, None), (0, "one", FinishReason.STOP, 3),
+    ]  # fmt: skip
 
 
 async def test_choices_are_what_the_scripted_runtime_says_they_are() -> None:
