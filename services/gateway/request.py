@@ -435,13 +435,11 @@ class Request:
         """The replica answers nothing and has given nothing: start on another one that does, or that has been silent for far less
         long, instead of waiting until the session is known to be dead. What this one may still send is of an old epoch."""
         other = choose(route, {*(self._tried or ()), target.replica_id}, self._revision)
-        if other is None or other.link.silence >= target.link.silence / 2:
-            return
-        if not self._idempotent or now > self.deadline - LEAST_TIME_S:
-            return
-        if not self._attempts.left(shown=self._shown, resumable=target.capabilities.resume):
-            return
-        if self._budget is not None and self._budget.may_move(now):
+        better = other is not None and other.link.silence < target.link.silence / 2
+        allowed = (
+            self._idempotent and now <= self.deadline - LEAST_TIME_S and self._budget is not None and self._budget.may_move(now)
+        )
+        if better and allowed and self._attempts.left(shown=self._shown, resumable=target.capabilities.resume):
             self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer at present"), told=False)
 
     def cancel(self) -> None:

@@ -62,6 +62,26 @@ async def test_r_03_new_requests_avoid_a_silent_replica(start: Start) -> None:
         await first
 
 
+@pytest.mark.parametrize(
+    "limits", [{"max_retries": 0}, {"moves_per_request": 0.0, "move_floor": 0}], ids=["no attempt left", "no move left"]
+)
+async def test_what_may_not_be_moved_waits_and_does_not_fail(start: Start, limits: dict[str, float]) -> None:
+    """Leaving a silent replica is a favour within the budgets: where it is not allowed, the request stays where it is."""
+    async with peer("a") as a, peer("b") as b, start(limits=limits) as gateway:
+        await gateway.route(deployment_route(a.replica("demo")))
+        a.hears = False
+        asking = asyncio.create_task(gateway.chat())
+        s = await a.submission()
+        await gateway.route(deployment_route(a.replica("demo"), b.replica("demo")))
+        await until(gateway.worker.table.shunned, "silence noticed")
+        line = gateway.worker.table.targets["demo-on-a"].link
+        seen = line.silence
+        await until(lambda: line.silence > seen + 2, "more sweeps")
+        a.send(last_row(s, 0, [1], "in the end"))
+        assert (await asking).json()["choices"][0]["message"]["content"] == "in the end"
+        assert not b.submissions
+
+
 async def test_a_replica_that_is_silent_and_the_only_one_keeps_its_requests(start: Start) -> None:
     async with peer("a") as a, start() as gateway:
         await gateway.route(deployment_route(a.replica("demo")))
