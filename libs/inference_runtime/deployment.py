@@ -78,6 +78,11 @@ class DeploymentSpec(StrictModel):
     timeouts: Timeouts = Timeouts()
     accelerators: int = Field(default=0, ge=0, le=64, description="accelerators one replica needs")
     node_labels: dict[str, str] = Field(default_factory=dict, description="labels a node must carry")
+    memory_bytes: int = Field(
+        default=0, ge=0, description="memory one replica needs: of each accelerator, or of the node; 0 looks at none"
+    )
+    tolerations: tuple[str, ...] = Field(default=(), max_length=32, description="taints of nodes it may run on nevertheless")
+    spread_over: str = Field(default="zone", max_length=253, description="node label over whose values replicas are spread")
     isolation: Literal["auto", "thread", "process"] = Field(
         default="auto", description="what restarts after a fault: a thread, or a child process; auto: a process with accelerators"
     )

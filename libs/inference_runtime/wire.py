@@ -287,6 +287,9 @@ def spec_to_proto(spec: d.DeploymentSpec) -> deployment_pb2.DeploymentSpec:
         accelerators=spec.accelerators,
         node_labels=spec.node_labels,
         isolation=_ISOLATIONS[spec.isolation],
+        memory_bytes=spec.memory_bytes,
+        tolerations=spec.tolerations,
+        spread_over=spec.spread_over,
     )
 
 
@@ -333,6 +336,9 @@ def spec_from_proto(p: deployment_pb2.DeploymentSpec) -> d.DeploymentSpec:
         "timeouts": timeouts,
         "accelerators": p.accelerators,
         "node_labels": dict(p.node_labels),
+        "memory_bytes": p.memory_bytes,
+        "tolerations": tuple(p.tolerations),
+        "spread_over": p.spread_over or "zone",
         "isolation": next((name for name, value in _ISOLATIONS.items() if value == p.isolation), "auto"),
     }
     return d.parse_deployment(document, f"deployment {p.name!r}")

@@ -63,7 +63,9 @@ class World:
         booking = self.booked.get(replica_id)
         if booking is None:
             engine_id = assignment.engine_id
-            booking = Booking(assignment.deployment, engine_id, self.host(engine_id), tuple(assignment.accelerators))
+            devices = tuple(assignment.accelerators)
+            memory = 0 if devices else assignment.spec.memory_bytes
+            booking = Booking(assignment.deployment, engine_id, self.host(engine_id), devices, memory)
             self.booked[replica_id] = booking
         return booking
 
@@ -106,7 +108,15 @@ class Plan:
 def need_of(deployment: deployment_pb2.Deployment) -> Need:
     """What one replica of a deployment needs."""
     spec = deployment.spec
-    return Need(spec.name, deployment.runtime, spec.accelerators, dict(spec.node_labels))
+    return Need(
+        spec.name,
+        deployment.runtime,
+        spec.accelerators,
+        dict(spec.node_labels),
+        spec.memory_bytes,
+        frozenset(spec.tolerations),
+        spec.spread_over or "zone",
+    )
 
 
 def plan_deployment(deployment: deployment_pb2.Deployment, world: World) -> Plan:
@@ -161,7 +171,8 @@ def _same_replica(assignment: common_pb2.Assignment, deployment: deployment_pb2.
     new.CopyFrom(deployment.spec)
     for spec in (old, new):
         spec.replicas = 0
-        spec.ClearField("node_labels")
+        for where in ("node_labels", "tolerations", "spread_over"):
+            spec.ClearField(where)
     return old == new
 
 

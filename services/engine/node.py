@@ -50,6 +50,9 @@ _ROLES = {
 def engine_record(settings: EngineSettings, accelerators: Sequence[common_pb2.Accelerator] = ()) -> common_pb2.Engine:
     """This engine as it registers itself, with the devices that it offers. The address follows once it is bound."""
     boot_id = secrets.token_hex(8)
+    for device in accelerators:
+        if device.index < len(settings.node.islands):
+            device.island = settings.node.islands[device.index]
     return common_pb2.Engine(
         id=settings.engine_id or f"engine-{boot_id[:8]}",
         boot_id=boot_id,
@@ -60,6 +63,7 @@ def engine_record(settings: EngineSettings, accelerators: Sequence[common_pb2.Ac
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             accelerators=accelerators,
             labels=settings.node.labels,
+            taints=settings.node.taints,
         ),
         runtimes=installed_runtimes(),
         state=common_pb2.ENGINE_STATE_READY,

@@ -16,6 +16,10 @@ class NodeSettings(StrictModel):
 
     roles: StringList = Field(default=[], description="control, gpu, egress, edge; empty means everything")
     labels: dict[str, str] = Field(default_factory=dict, description="labels that deployments may ask for")
+    taints: StringList = Field(default=[], description='"key=value": only deployments that tolerate it are placed here')
+    islands: list[int] = Field(
+        default=[], description="for each accelerator by index, which group of a fast link (NVLink) it is in; empty says nothing"
+    )
 
 
 class EngineSettings(ServiceSettings):

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from inference_runtime.v1 import deployment_pb2 as inference__runtime_dot_v1_dot_deployment__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inference_runtime/v1/common.proto\x12\x14inference_runtime.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%inference_runtime/v1/deployment.proto\"B\n\x0c\x46\x65ncingToken\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x12\n\ncluster_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\"}\n\x06Leader\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x0c\x63\x61ndidate_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x31\n\x05token\x18\x05 \x01(\x0b\x32\".inference_runtime.v1.FencingToken\"W\n\x0b\x41\x63\x63\x65lerator\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x15\n\runschedulable\x18\x04 \x01(\t\"\x90\x02\n\x04Node\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12-\n\x05roles\x18\x02 \x03(\x0e\x32\x1e.inference_runtime.v1.NodeRole\x12\x11\n\tcpu_cores\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x37\n\x0c\x61\x63\x63\x65lerators\x18\x05 \x03(\x0b\x32!.inference_runtime.v1.Accelerator\x12\x36\n\x06labels\x18\x06 \x03(\x0b\x32&.inference_runtime.v1.Node.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe1\x01\n\x06\x45ngine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x04node\x18\x04 \x01(\x0b\x32\x1a.inference_runtime.v1.Node\x12\x10\n\x08runtimes\x18\x05 \x03(\t\x12\x30\n\x05state\x18\x06 \x01(\x0e\x32!.inference_runtime.v1.EngineState\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03pid\x18\x08 \x01(\x03\"\xc2\x01\n\x0c\x43\x61pabilities\x12\x0c\n\x04\x63hat\x18\x01 \x01(\x08\x12\x12\n\ncompletion\x18\x02 \x01(\x08\x12\x10\n\x08logprobs\x18\x03 \x01(\x08\x12\x0c\n\x04seed\x18\x04 \x01(\x08\x12\x0e\n\x06resume\x18\x05 \x01(\x08\x12\x13\n\x0bmax_choices\x18\x06 \x01(\r\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\x12\x11\n\tpenalties\x18\x08 \x01(\x08\x12\x12\n\nlogit_bias\x18\t \x01(\x08\x12\r\n\x05min_p\x18\n \x01(\x08\"\xdf\x02\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x11\n\tengine_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x31\n\x05state\x18\x07 \x01(\x0e\x32\".inference_runtime.v1.ReplicaState\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07runtime\x18\t \x01(\t\x12\x38\n\x0c\x63\x61pabilities\x18\n \x01(\x0b\x32\".inference_runtime.v1.Capabilities\x12\x1a\n\x12max_context_tokens\x18\x0b \x01(\r\x12\x16\n\x0emax_concurrent\x18\x0c \x01(\r\x12\x16\n\x0equeue_capacity\x18\r \x01(\r\x12\x10\n\x08restarts\x18\x0e \x01(\r\"j\n\x0bReplicaLoad\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0e\n\x06queued\x18\x03 \x01(\r\x12\x16\n\x0epending_tokens\x18\x04 \x01(\x04\x12\x0e\n\x06kv_use\x18\x05 \x01(\x02\"\xf2\x01\n\nAssignment\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x12\n\ndeployment\x18\x03 \x01(\t\x12\x32\n\x04spec\x18\x04 \x01(\x0b\x32$.inference_runtime.v1.DeploymentSpec\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x39\n\rfencing_token\x18\x07 \x01(\x0b\x32\".inference_runtime.v1.FencingToken\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x08 \x03(\r*y\n\x08NodeRole\x12\x19\n\x15NODE_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11NODE_ROLE_CONTROL\x10\x01\x12\x11\n\rNODE_ROLE_GPU\x10\x02\x12\x14\n\x10NODE_ROLE_EGRESS\x10\x03\x12\x12\n\x0eNODE_ROLE_EDGE\x10\x04*^\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x01\x12\x19\n\x15\x45NGINE_STATE_DRAINING\x10\x02*\xd4\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1c\n\x18REPLICA_STATE_RESTARTING\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x05\x12\x1b\n\x17REPLICA_STATE_NOT_READY\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!inference_runtime/v1/common.proto\x12\x14inference_runtime.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%inference_runtime/v1/deployment.proto\"B\n\x0c\x46\x65ncingToken\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x12\n\ncluster_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\"}\n\x06Leader\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x0c\x63\x61ndidate_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\x03\x12\x31\n\x05token\x18\x05 \x01(\x0b\x32\".inference_runtime.v1.FencingToken\"g\n\x0b\x41\x63\x63\x65lerator\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x15\n\runschedulable\x18\x04 \x01(\t\x12\x0e\n\x06island\x18\x05 \x01(\r\"\xa0\x02\n\x04Node\x12\x10\n\x08hostname\x18\x01 \x01(\t\x12-\n\x05roles\x18\x02 \x03(\x0e\x32\x1e.inference_runtime.v1.NodeRole\x12\x11\n\tcpu_cores\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x37\n\x0c\x61\x63\x63\x65lerators\x18\x05 \x03(\x0b\x32!.inference_runtime.v1.Accelerator\x12\x36\n\x06labels\x18\x06 \x03(\x0b\x32&.inference_runtime.v1.Node.LabelsEntry\x12\x0e\n\x06taints\x18\x07 \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe1\x01\n\x06\x45ngine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x04node\x18\x04 \x01(\x0b\x32\x1a.inference_runtime.v1.Node\x12\x10\n\x08runtimes\x18\x05 \x03(\t\x12\x30\n\x05state\x18\x06 \x01(\x0e\x32!.inference_runtime.v1.EngineState\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03pid\x18\x08 \x01(\x03\"\xc2\x01\n\x0c\x43\x61pabilities\x12\x0c\n\x04\x63hat\x18\x01 \x01(\x08\x12\x12\n\ncompletion\x18\x02 \x01(\x08\x12\x10\n\x08logprobs\x18\x03 \x01(\x08\x12\x0c\n\x04seed\x18\x04 \x01(\x08\x12\x0e\n\x06resume\x18\x05 \x01(\x08\x12\x13\n\x0bmax_choices\x18\x06 \x01(\r\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\x12\x11\n\tpenalties\x18\x08 \x01(\x08\x12\x12\n\nlogit_bias\x18\t \x01(\x08\x12\r\n\x05min_p\x18\n \x01(\x08\"\xdf\x02\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x11\n\tengine_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x31\n\x05state\x18\x07 \x01(\x0e\x32\".inference_runtime.v1.ReplicaState\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07runtime\x18\t \x01(\t\x12\x38\n\x0c\x63\x61pabilities\x18\n \x01(\x0b\x32\".inference_runtime.v1.Capabilities\x12\x1a\n\x12max_context_tokens\x18\x0b \x01(\r\x12\x16\n\x0emax_concurrent\x18\x0c \x01(\r\x12\x16\n\x0equeue_capacity\x18\r \x01(\r\x12\x10\n\x08restarts\x18\x0e \x01(\r\"j\n\x0bReplicaLoad\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0e\n\x06queued\x18\x03 \x01(\r\x12\x16\n\x0epending_tokens\x18\x04 \x01(\x04\x12\x0e\n\x06kv_use\x18\x05 \x01(\x02\"\xf2\x01\n\nAssignment\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x12\n\ndeployment\x18\x03 \x01(\t\x12\x32\n\x04spec\x18\x04 \x01(\x0b\x32$.inference_runtime.v1.DeploymentSpec\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x39\n\rfencing_token\x18\x07 \x01(\x0b\x32\".inference_runtime.v1.FencingToken\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x08 \x03(\r*y\n\x08NodeRole\x12\x19\n\x15NODE_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11NODE_ROLE_CONTROL\x10\x01\x12\x11\n\rNODE_ROLE_GPU\x10\x02\x12\x14\n\x10NODE_ROLE_EGRESS\x10\x03\x12\x12\n\x0eNODE_ROLE_EDGE\x10\x04*^\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x01\x12\x19\n\x15\x45NGINE_STATE_DRAINING\x10\x02*\xd4\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x02\x12\x1c\n\x18REPLICA_STATE_RESTARTING\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x05\x12\x1b\n\x17REPLICA_STATE_NOT_READY\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,30 +35,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODE_LABELSENTRY']._loaded_options = None
   _globals['_NODE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NODEROLE']._serialized_start=1822
-  _globals['_NODEROLE']._serialized_end=1943
-  _globals['_ENGINESTATE']._serialized_start=1945
-  _globals['_ENGINESTATE']._serialized_end=2039
-  _globals['_REPLICASTATE']._serialized_start=2042
-  _globals['_REPLICASTATE']._serialized_end=2254
+  _globals['_NODEROLE']._serialized_start=1854
+  _globals['_NODEROLE']._serialized_end=1975
+  _globals['_ENGINESTATE']._serialized_start=1977
+  _globals['_ENGINESTATE']._serialized_end=2071
+  _globals['_REPLICASTATE']._serialized_start=2074
+  _globals['_REPLICASTATE']._serialized_end=2286
   _globals['_FENCINGTOKEN']._serialized_start=131
   _globals['_FENCINGTOKEN']._serialized_end=197
   _globals['_LEADER']._serialized_start=199
   _globals['_LEADER']._serialized_end=324
   _globals['_ACCELERATOR']._serialized_start=326
-  _globals['_ACCELERATOR']._serialized_end=413
-  _globals['_NODE']._serialized_start=416
-  _globals['_NODE']._serialized_end=688
-  _globals['_NODE_LABELSENTRY']._serialized_start=643
-  _globals['_NODE_LABELSENTRY']._serialized_end=688
-  _globals['_ENGINE']._serialized_start=691
-  _globals['_ENGINE']._serialized_end=916
-  _globals['_CAPABILITIES']._serialized_start=919
-  _globals['_CAPABILITIES']._serialized_end=1113
-  _globals['_REPLICA']._serialized_start=1116
-  _globals['_REPLICA']._serialized_end=1467
-  _globals['_REPLICALOAD']._serialized_start=1469
-  _globals['_REPLICALOAD']._serialized_end=1575
-  _globals['_ASSIGNMENT']._serialized_start=1578
-  _globals['_ASSIGNMENT']._serialized_end=1820
+  _globals['_ACCELERATOR']._serialized_end=429
+  _globals['_NODE']._serialized_start=432
+  _globals['_NODE']._serialized_end=720
+  _globals['_NODE_LABELSENTRY']._serialized_start=675
+  _globals['_NODE_LABELSENTRY']._serialized_end=720
+  _globals['_ENGINE']._serialized_start=723
+  _globals['_ENGINE']._serialized_end=948
+  _globals['_CAPABILITIES']._serialized_start=951
+  _globals['_CAPABILITIES']._serialized_end=1145
+  _globals['_REPLICA']._serialized_start=1148
+  _globals['_REPLICA']._serialized_end=1499
+  _globals['_REPLICALOAD']._serialized_start=1501
+  _globals['_REPLICALOAD']._serialized_end=1607
+  _globals['_ASSIGNMENT']._serialized_start=1610
+  _globals['_ASSIGNMENT']._serialized_end=1852
 # @@protoc_insertion_point(module_scope)

@@ -75,19 +75,21 @@ class Leader(_message.Message):
     def __init__(self, role: _Optional[str] = ..., candidate_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., token: _Optional[_Union[FencingToken, _Mapping]] = ...) -> None: ...
 
 class Accelerator(_message.Message):
-    __slots__ = ("index", "name", "memory_bytes", "unschedulable")
+    __slots__ = ("index", "name", "memory_bytes", "unschedulable", "island")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNSCHEDULABLE_FIELD_NUMBER: _ClassVar[int]
+    ISLAND_FIELD_NUMBER: _ClassVar[int]
     index: int
     name: str
     memory_bytes: int
     unschedulable: str
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., unschedulable: _Optional[str] = ...) -> None: ...
+    island: int
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., unschedulable: _Optional[str] = ..., island: _Optional[int] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("hostname", "roles", "cpu_cores", "memory_bytes", "accelerators", "labels")
+    __slots__ = ("hostname", "roles", "cpu_cores", "memory_bytes", "accelerators", "labels", "taints")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -101,13 +103,15 @@ class Node(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACCELERATORS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    TAINTS_FIELD_NUMBER: _ClassVar[int]
     hostname: str
     roles: _containers.RepeatedScalarFieldContainer[NodeRole]
     cpu_cores: int
     memory_bytes: int
     accelerators: _containers.RepeatedCompositeFieldContainer[Accelerator]
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, hostname: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[NodeRole, str]]] = ..., cpu_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    taints: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hostname: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[NodeRole, str]]] = ..., cpu_cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., taints: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("id", "boot_id", "address", "node", "runtimes", "state", "started_at", "pid")

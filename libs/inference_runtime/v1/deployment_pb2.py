@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%inference_runtime/v1/deployment.proto\x12\x14inference_runtime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x01\n\x07Serving\x12\x16\n\x0emax_concurrent\x18\x01 \x01(\r\x12\x1b\n\x0equeue_capacity\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x43\n\x15on_capacity_exhausted\x18\x03 \x01(\x0e\x32$.inference_runtime.v1.CapacityPolicy\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\rB\x11\n\x0f_queue_capacity\"\xc4\x01\n\x08Timeouts\x12.\n\x0b\x66irst_chunk\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x64isconnected\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nnext_chunk\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xbd\x03\n\x0e\x44\x65ploymentSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07runtime\x18\x03 \x01(\t\x12\x15\n\x08replicas\x18\x04 \x01(\rH\x00\x88\x01\x01\x12/\n\x0eruntime_config\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\x07serving\x18\x06 \x01(\x0b\x32\x1d.inference_runtime.v1.Serving\x12\x30\n\x08timeouts\x18\x07 \x01(\x0b\x32\x1e.inference_runtime.v1.Timeouts\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x08 \x01(\r\x12I\n\x0bnode_labels\x18\t \x03(\x0b\x32\x34.inference_runtime.v1.DeploymentSpec.NodeLabelsEntry\x12\x32\n\tisolation\x18\n \x01(\x0e\x32\x1f.inference_runtime.v1.Isolation\x1a\x31\n\x0fNodeLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_replicas\"\xbd\x01\n\x10\x44\x65ploymentStatus\x12\x34\n\x05state\x18\x01 \x01(\x0e\x32%.inference_runtime.v1.DeploymentState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1b\n\x13observed_generation\x18\x03 \x01(\x03\x12\x16\n\x0eready_replicas\x18\x04 \x01(\r\x12.\n\nchanged_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf1\x01\n\nDeployment\x12\x32\n\x04spec\x18\x01 \x01(\x0b\x32$.inference_runtime.v1.DeploymentSpec\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x36\n\x06status\x18\x03 \x01(\x0b\x32&.inference_runtime.v1.DeploymentStatus\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x10\n\x08\x64\x65leting\x18\x07 \x01(\x08*h\n\x0e\x43\x61pacityPolicy\x12\x1f\n\x1b\x43\x41PACITY_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43\x41PACITY_POLICY_QUEUE\x10\x01\x12\x1a\n\x16\x43\x41PACITY_POLICY_REJECT\x10\x02*S\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x14\n\x10ISOLATION_THREAD\x10\x01\x12\x15\n\x11ISOLATION_PROCESS\x10\x02*\xe8\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_PENDING\x10\x01\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_LOADING\x10\x02\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_SERVING\x10\x03\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DEGRADED\x10\x04\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DRAINING\x10\x05\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%inference_runtime/v1/deployment.proto\x12\x14inference_runtime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x01\n\x07Serving\x12\x16\n\x0emax_concurrent\x18\x01 \x01(\r\x12\x1b\n\x0equeue_capacity\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x43\n\x15on_capacity_exhausted\x18\x03 \x01(\x0e\x32$.inference_runtime.v1.CapacityPolicy\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\rB\x11\n\x0f_queue_capacity\"\xc4\x01\n\x08Timeouts\x12.\n\x0b\x66irst_chunk\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x64isconnected\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nnext_chunk\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xfd\x03\n\x0e\x44\x65ploymentSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07runtime\x18\x03 \x01(\t\x12\x15\n\x08replicas\x18\x04 \x01(\rH\x00\x88\x01\x01\x12/\n\x0eruntime_config\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\x07serving\x18\x06 \x01(\x0b\x32\x1d.inference_runtime.v1.Serving\x12\x30\n\x08timeouts\x18\x07 \x01(\x0b\x32\x1e.inference_runtime.v1.Timeouts\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x08 \x01(\r\x12I\n\x0bnode_labels\x18\t \x03(\x0b\x32\x34.inference_runtime.v1.DeploymentSpec.NodeLabelsEntry\x12\x32\n\tisolation\x18\n \x01(\x0e\x32\x1f.inference_runtime.v1.Isolation\x12\x14\n\x0cmemory_bytes\x18\x0b \x01(\x04\x12\x13\n\x0btolerations\x18\x0c \x03(\t\x12\x13\n\x0bspread_over\x18\r \x01(\t\x1a\x31\n\x0fNodeLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\t_replicas\"\xbd\x01\n\x10\x44\x65ploymentStatus\x12\x34\n\x05state\x18\x01 \x01(\x0e\x32%.inference_runtime.v1.DeploymentState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1b\n\x13observed_generation\x18\x03 \x01(\x03\x12\x16\n\x0eready_replicas\x18\x04 \x01(\r\x12.\n\nchanged_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf1\x01\n\nDeployment\x12\x32\n\x04spec\x18\x01 \x01(\x0b\x32$.inference_runtime.v1.DeploymentSpec\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\x36\n\x06status\x18\x03 \x01(\x0b\x32&.inference_runtime.v1.DeploymentStatus\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\t\x12\x10\n\x08\x64\x65leting\x18\x07 \x01(\x08*h\n\x0e\x43\x61pacityPolicy\x12\x1f\n\x1b\x43\x41PACITY_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43\x41PACITY_POLICY_QUEUE\x10\x01\x12\x1a\n\x16\x43\x41PACITY_POLICY_REJECT\x10\x02*S\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x14\n\x10ISOLATION_THREAD\x10\x01\x12\x15\n\x11ISOLATION_PROCESS\x10\x02*\xe8\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_PENDING\x10\x01\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_LOADING\x10\x02\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_SERVING\x10\x03\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DEGRADED\x10\x04\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DRAINING\x10\x05\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,22 +36,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DEPLOYMENTSPEC_NODELABELSENTRY']._loaded_options = None
   _globals['_DEPLOYMENTSPEC_NODELABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CAPACITYPOLICY']._serialized_start=1422
-  _globals['_CAPACITYPOLICY']._serialized_end=1526
-  _globals['_ISOLATION']._serialized_start=1528
-  _globals['_ISOLATION']._serialized_end=1611
-  _globals['_DEPLOYMENTSTATE']._serialized_start=1614
-  _globals['_DEPLOYMENTSTATE']._serialized_end=1846
+  _globals['_CAPACITYPOLICY']._serialized_start=1486
+  _globals['_CAPACITYPOLICY']._serialized_end=1590
+  _globals['_ISOLATION']._serialized_start=1592
+  _globals['_ISOLATION']._serialized_end=1675
+  _globals['_DEPLOYMENTSTATE']._serialized_start=1678
+  _globals['_DEPLOYMENTSTATE']._serialized_end=1910
   _globals['_SERVING']._serialized_start=159
   _globals['_SERVING']._serialized_end=337
   _globals['_TIMEOUTS']._serialized_start=340
   _globals['_TIMEOUTS']._serialized_end=536
   _globals['_DEPLOYMENTSPEC']._serialized_start=539
-  _globals['_DEPLOYMENTSPEC']._serialized_end=984
-  _globals['_DEPLOYMENTSPEC_NODELABELSENTRY']._serialized_start=922
-  _globals['_DEPLOYMENTSPEC_NODELABELSENTRY']._serialized_end=971
-  _globals['_DEPLOYMENTSTATUS']._serialized_start=987
-  _globals['_DEPLOYMENTSTATUS']._serialized_end=1176
-  _globals['_DEPLOYMENT']._serialized_start=1179
-  _globals['_DEPLOYMENT']._serialized_end=1420
+  _globals['_DEPLOYMENTSPEC']._serialized_end=1048
+  _globals['_DEPLOYMENTSPEC_NODELABELSENTRY']._serialized_start=986
+  _globals['_DEPLOYMENTSPEC_NODELABELSENTRY']._serialized_end=1035
+  _globals['_DEPLOYMENTSTATUS']._serialized_start=1051
+  _globals['_DEPLOYMENTSTATUS']._serialized_end=1240
+  _globals['_DEPLOYMENT']._serialized_start=1243
+  _globals['_DEPLOYMENT']._serialized_end=1484
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -72,7 +72,7 @@ class Timeouts(_message.Message):
     def __init__(self, first_chunk: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., disconnected: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., next_chunk: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("name", "model", "runtime", "replicas", "runtime_config", "serving", "timeouts", "accelerators", "node_labels", "isolation")
+    __slots__ = ("name", "model", "runtime", "replicas", "runtime_config", "serving", "timeouts", "accelerators", "node_labels", "isolation", "memory_bytes", "tolerations", "spread_over")
     class NodeLabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,9 @@ class DeploymentSpec(_message.Message):
     ACCELERATORS_FIELD_NUMBER: _ClassVar[int]
     NODE_LABELS_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOLERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_OVER_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     runtime: str
@@ -100,7 +103,10 @@ class DeploymentSpec(_message.Message):
     accelerators: int
     node_labels: _containers.ScalarMap[str, str]
     isolation: Isolation
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., runtime: _Optional[str] = ..., replicas: _Optional[int] = ..., runtime_config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., timeouts: _Optional[_Union[Timeouts, _Mapping]] = ..., accelerators: _Optional[int] = ..., node_labels: _Optional[_Mapping[str, str]] = ..., isolation: _Optional[_Union[Isolation, str]] = ...) -> None: ...
+    memory_bytes: int
+    tolerations: _containers.RepeatedScalarFieldContainer[str]
+    spread_over: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., runtime: _Optional[str] = ..., replicas: _Optional[int] = ..., runtime_config: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ..., timeouts: _Optional[_Union[Timeouts, _Mapping]] = ..., accelerators: _Optional[int] = ..., node_labels: _Optional[_Mapping[str, str]] = ..., isolation: _Optional[_Union[Isolation, str]] = ..., memory_bytes: _Optional[int] = ..., tolerations: _Optional[_Iterable[str]] = ..., spread_over: _Optional[str] = ...) -> None: ...
 
 class DeploymentStatus(_message.Message):
     __slots__ = ("state", "reason", "observed_generation", "ready_replicas", "changed_at")
