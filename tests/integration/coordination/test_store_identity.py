@@ -163,6 +163,24 @@ async def test_a_wiped_store_that_has_outgrown_the_old_one_is_refused_by_its_id(
         watch.close()
 
 
+async def test_a_watch_that_begins_after_the_exchange_does_not_begin(etcd: EtcdProcess) -> None:
+    """Nothing was open that could have noticed, and the revision is higher than any that was seen: only the id tells."""
+    async with guarded(etcd) as client, EtcdClient([etcd.endpoint], timeout_s=3.0) as tool:
+        await asyncio.to_thread(wipe, etcd)
+        await settled(tool)
+        for i in range(20):
+            await tool.put("/k", str(i).encode())
+        watch = PrefixWatch(client, "/k")
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(anext(watch))
+            async with asyncio.timeout(10):
+                while client.guard is None or not client.guard.refusal:  # noqa: ASYNC110 - in etcd
+                    await asyncio.sleep(0.01)
+            assert not first.done()
+            first.cancel()
+        watch.close()
+
+
 async def test_a_store_restored_from_an_older_state_is_refused(etcd: EtcdProcess, tmp_path: Path) -> None:
     """E-05: everything in it is genuine, id and cluster id are right, and it is the past."""
     async with guarded(etcd) as client:
