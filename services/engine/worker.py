@@ -97,7 +97,7 @@ class WorkerListener(Protocol):
         ...
 
     def on_out_of_memory(self, sequences: int) -> None:
-        """A step with this many sequences was too large for the device. The context is sound."""
+        """A step with this many sequences, none of them new, was too large for the device. The context is sound."""
         ...
 
 
@@ -361,7 +361,6 @@ class Worker:
         What had just been read is tried beside the others, and ends if it is too much a second time: elsewhere it would be, too.
         Where nobody was new, the batch has grown too large: its newest leave, and may go on elsewhere.
         """
-        self._listener.on_out_of_memory(len(starved))
         errors = dict(starved)
         present = [flight for flight, _ in starved]
         suspects = self._probation.take(present)
@@ -371,6 +370,7 @@ class Worker:
         leaving = suspects if len(suspects) == 1 else [f for f in present if f.generated and not self._can_resume]
         fresh = [] if len(suspects) == 1 else suspects or [f for f in present if f.outputs_here < CLEARING_OUTPUTS]
         if not leaving and not fresh:
+            self._listener.on_out_of_memory(len(present))
             leaving = sorted(present, key=lambda f: f.sequence_id)[-max(1, int(SHED_PART * len(present))) :]
         for flight in leaving:
             self._end(flight, _too_large("beside what runs there") if suspects else errors[flight])

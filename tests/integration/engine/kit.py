@@ -25,6 +25,7 @@ from inference_runtime.telemetry import Telemetry
 from inference_runtime.testing.scripted import user_says
 from inference_runtime.v1 import common_pb2, engine_service_pb2, engine_service_pb2_grpc
 from inference_runtime.wire import duration, request_to_proto, spec_to_proto, usage_from_proto
+from services.engine.core import EngineCore
 from services.engine.health import READY_S
 from services.engine.probation import TRIALS_S
 from services.engine.replicas import Replicas
@@ -143,6 +144,13 @@ class EngineUnderTest:
         self.replicas.assign(a)
         await until(lambda: self.replica(a.replica_id).state == common_pb2.REPLICA_STATE_SERVING, f"{a.replica_id} serves")
         return a.replica_id
+
+
+def core_of(engine: EngineUnderTest, replica_id: str) -> EngineCore:
+    """The core behind a replica."""
+    core = engine.replicas._hosted[replica_id].core
+    assert core is not None
+    return core
 
 
 @contextlib.asynccontextmanager

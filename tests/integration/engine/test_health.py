@@ -10,18 +10,10 @@ import pytest
 from inference_runtime.errors import ContextPoisoned, NoReplica, ServerError
 from inference_runtime.generation import SamplingParams
 from inference_runtime.v1 import common_pb2
-from services.engine.core import EngineCore
-from tests.integration.engine.kit import EngineUnderTest, assignment, running_engine, session, submission, until
+from tests.integration.engine.kit import assignment, core_of, running_engine, session, submission, until
 from tests.integration.engine.test_session import check_exact
 
 SERVING, NOT_READY = common_pb2.REPLICA_STATE_SERVING, common_pb2.REPLICA_STATE_NOT_READY
-
-
-def core_of(engine: EngineUnderTest, replica_id: str) -> EngineCore:
-    """The core behind a replica."""
-    core = engine.replicas._hosted[replica_id].core
-    assert core is not None
-    return core
 
 
 async def test_i12_a_replica_that_fails_everything_for_five_seconds_is_not_ready() -> None:

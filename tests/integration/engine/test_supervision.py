@@ -6,7 +6,7 @@ from inference_runtime.errors import Backpressure, ContextPoisoned, NoReplica, Q
 from inference_runtime.generation import SamplingParams
 from inference_runtime.rpc import open_channel
 from inference_runtime.v1 import common_pb2, engine_service_pb2, engine_service_pb2_grpc
-from tests.integration.engine.kit import assignment, running_engine, session, submission, until
+from tests.integration.engine.kit import assignment, core_of, running_engine, session, submission, until
 from tests.integration.engine.test_session import check_exact, execute
 
 LONG = SamplingParams(max_tokens=60)
@@ -131,6 +131,7 @@ async def test_a_prompt_that_is_too_large_for_the_memory_ends_alone_and_everybod
         error = (await gateway.answer(11)).error
         assert isinstance(error, RequestTooLarge)
         assert "nothing else" in error.message
+        assert core_of(engine, "huge-0")._places == 32, "one prompt does not make the replica smaller"
         load = engine.load("huge-0")
         assert (load.running, load.queued, engine.replica("huge-0").state) == (0, 0, common_pb2.REPLICA_STATE_SERVING)
 
