@@ -18,7 +18,6 @@ from inference_runtime import telemetry
 from inference_runtime.errors import (
     Backpressure,
     ContextPoisoned,
-    DeploymentNotFound,
     Draining,
     EngineLost,
     InferenceError,
@@ -179,8 +178,7 @@ class Request:
         route = self._live.table.routes.get(name)
         if route is None:
             if self._live.table.known:
-                known = ", ".join(sorted(self._live.table.routes)[:20]) or "none yet"
-                self._finish(DeploymentNotFound(f"no deployment is called {name[:200]!r}; there are: {known}", param="model"))
+                self._finish(self._live.table.unknown(name))
             elif not self._wait_until:  # a gateway that has just started: its table is on the way
                 self._wait_until = self.began + self._live.limits.route_wait_s
                 self._live.waiting.add(self)
@@ -333,9 +331,8 @@ class Request:
     def _first(self) -> None:
         self.first_at = time.monotonic()
         self.first_chunk_by = float("inf")
-        if self._target is not None:
+        if self._target is not None and self._current is not None:
             self._target.outcomes.succeeded()
-        if self._current is not None:
             self._current.first(self.first_at, self.progress)
 
     def _refused(self, verdict: Verdict, index: int) -> None:
@@ -485,10 +482,9 @@ class Request:
             self._revision = target.revision
             target.in_flight -= 1
             cast("Session", target.link).forget(self._stream_id)
-            if outcome == "ok":
+            if outcome == "ok" and self._current is not None:
                 target.outcomes.succeeded()
-                if self._current is not None:
-                    self._current.look(now, self.progress)
+                self._current.look(now, self.progress)
         if self._wait_until:
             self._live.waiting.discard(self)
         self._settle(outcome, now)

@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import grpc
 
 from inference_runtime.coordination import ACKNOWLEDGE, EtcdClient, StoreGuard
-from inference_runtime.errors import InferenceError, NotLeader, StaleLeader
+from inference_runtime.errors import DeploymentNotFound, InferenceError, NotLeader, StaleLeader
 from inference_runtime.rpc import error_from_rpc, open_channel
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import common_pb2, coordinator_service_pb2, coordinator_service_pb2_grpc
@@ -238,6 +238,11 @@ class RouteTable:
             max_context_tokens=max((r.max_context_tokens for r in line.replicas), default=0),
             disconnected_timeout_s=seconds(line.disconnected_timeout),
         )
+
+    def unknown(self, name: str) -> DeploymentNotFound:
+        """The error for a name that is not in the table."""
+        known = ", ".join(sorted(self.routes)[:20]) or "none yet"
+        return DeploymentNotFound(f"no deployment is called {name[:200]!r}; there are: {known}", param="model")
 
     @property
     def ready(self) -> bool:
