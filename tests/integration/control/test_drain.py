@@ -152,6 +152,18 @@ async def test_a_second_signal_is_now(etcd: EtcdProcess, client: EtcdClient, tmp
             watch.cancel()
 
 
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_leader_ends_in_order_while_etcd_is_away(tmp_path: Path, role: str) -> None:
+    """R10: it cannot resign, and does not wait for that."""
+    with EtcdProcess(fsync=False) as mine:
+        async with EtcdClient([mine.endpoint]) as own, processes(role, mine.endpoint, tmp_path, 1) as [process]:
+            address = await process.address(own)
+            await until(lambda: answers(address, role, *PROBE[role]), "in office")
+            mine.kill()
+            assert await process.stop() == 0, process.log.read_text()
+            assert "Traceback" not in process.log.read_text()
+
+
 async def test_followers_stop_at_once(etcd: EtcdProcess, client: EtcdClient, tmp_path: Path) -> None:
     """Who only stands for election has nothing to hand over, and its candidacy goes with it."""
     async with processes("coordinator", etcd.endpoint, tmp_path, 2) as [first, second]:

@@ -248,9 +248,21 @@ async def test_the_process_hands_over_what_outlives_the_time_out_and_exits_with_
         assert await state_in_etcd(client) is None
 
 
+async def test_the_process_drains_also_while_etcd_is_away(etcd: EtcdProcess, client: EtcdClient) -> None:
+    """R10: gateways are told directly, and nobody waits for a store that does not answer."""
+    async with engine_process(etcd, client) as (process, gateway):
+        await gateway.send(submission(1, "drains", sampling=SamplingParams(max_tokens=250)))
+        await begun(gateway, 1)
+        etcd.kill()
+        process.send_signal(signal.SIGTERM)
+        await until(lambda: gateway.draining, "the gateway is told")
+        check_exact(await gateway.answer(1), "hello", 250)
+        assert await asyncio.to_thread(process.wait, 30) == 0
+
+
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 async def test_a_model_that_still_loads_does_not_hold_up_the_end(etcd: EtcdProcess, client: EtcdClient, isolation: str) -> None:
-    """Weights take minutes; nobody waits for them to be loaded in order to throw them away. Nor for the interpreter to tear down."""
+    """Weights take minutes; nobody waits for them to be loaded in order to throw them away."""
     process = start_process(etcd)
     try:
         wanted = assignment("loads", {"load_s": 600}, isolation=isolation)

@@ -292,6 +292,18 @@ def test_a_second_signal_is_now(tmp_path: Path, etcd: str, workers: int, second:
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in children), "the end of the workers")
 
 
+def test_a_gateway_ends_in_order_while_etcd_is_away(tmp_path: Path) -> None:
+    """R10: it lives on what it knows, and dies without being told that it may."""
+    with EtcdProcess(fsync=False) as mine:
+        gateway = Process(tmp_path, ETCD__ENDPOINTS=mine.endpoint, DRAIN_NOTICE_S="0.1")
+        gateway.addresses()
+        mine.kill()
+        gateway.popen.send_signal(signal.SIGTERM)
+        status, said = gateway.end()
+    assert status == 0
+    assert "Traceback" not in said
+
+
 def test_a_signal_for_the_whole_group_of_processes_drains_every_worker(tmp_path: Path, etcd: str) -> None:
     """Ctrl-C in a terminal, and systemd, signal parent and workers alike: for a worker that is one signal and not two."""
     gateway = Process(tmp_path, "--workers", "2", ETCD__ENDPOINTS=etcd, DRAIN_NOTICE_S="0.5")
