@@ -218,6 +218,13 @@ class InferenceClient:
         loads = {load.replica_id: load for load in response.loads}
         return [(r, loads.get(r.id, common_pb2.ReplicaLoad(replica_id=r.id))) for r in response.replicas]
 
+    async def coordinator(self) -> coordinator_service_pb2.GetStatusResponse:
+        """How the coordinator that leads is doing, and what it lacks."""
+        request = coordinator_service_pb2.GetStatusRequest()
+        response: coordinator_service_pb2.GetStatusResponse
+        response = await self._at_leader(_coordinator, lambda stub: stub.GetStatus, request)
+        return response
+
     async def usage(self, deployment: str = "") -> list[metrics_service_pb2.DeploymentUsage]:
         """Counters by deployment."""
         request = metrics_service_pb2.GetSnapshotRequest(deployment=deployment)

@@ -22,6 +22,7 @@ from tests.e2e.kit import ECHO, INFERCTL, Up, inferctl, project
         ("deployments", ["NAME", "STATE", "READY", "RUNTIME"], ["demo", "echo", "serving", "1/1", "torch", "scripted"]),
         ("engines", ["ID", "ADDRESS", "PID", "STATE"], ["ready"]),
         ("replicas", ["DEPLOYMENT", "ENGINE", "STATE", "RUNNING", "QUEUED"], ["demo", "echo", "serving"]),
+        ("coordinator", ["TERM", "ENGINES", "GATEWAYS", "ROUTES", "LACKS"], ["nothing"]),
         ("leaders", ["ROLE", "ADDRESS", "PID", "TERM"], ["coordinator", "deployment_manager", "metrics"]),
     ],
 )

@@ -144,12 +144,12 @@ def drain(engine: str, undo: bool, wait: bool, etcd: str, state_dir: Path | None
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(["deployments", "engines", "replicas", "leaders"]))
+@click.argument("kind", type=click.Choice(["deployments", "engines", "replicas", "leaders", "coordinator"]))
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @_etcd
 @_state_dir
 def get(kind: str, output: str, etcd: str, state_dir: Path | None) -> None:
-    """Show deployments, engines, replicas or leaders."""
+    """Show deployments, engines, replicas, leaders, or how the coordinator is doing."""
     from rich.console import Console
 
     from inference_runtime.cli.screen import table

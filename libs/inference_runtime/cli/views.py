@@ -67,10 +67,19 @@ async def _leaders(client: InferenceClient) -> Found:
     return found
 
 
+async def _coordinator(client: InferenceClient) -> Found:
+    status = await client.coordinator()
+    engines = f"{status.engines}, {status.silent_engines} silent" if status.silent_engines else str(status.engines)
+    routes = f"revision {status.revision}{', frozen' if status.routes_frozen else ''}"
+    lacks = "; ".join(status.degraded) or "nothing"
+    return [(_document(status), (str(status.fencing_token.revision), engines, str(status.watchers), routes, lacks))]
+
+
 KINDS: dict[str, tuple[Callable[[InferenceClient], Coroutine[Any, Any, Found]], Sequence[str]]] = {
     "deployments": (_deployments, ("NAME", "MODEL", "RUNTIME", "STATE", "READY", "GENERATION", "REASON")),
     "engines": (_engines, ("ID", "ADDRESS", "PID", "STATE", "HOST", "DEVICES", "RUNTIMES")),
     "replicas": (_replicas, ("DEPLOYMENT", "ID", "ENGINE", "STATE", "RUNNING", "QUEUED", "RESTARTS", "REASON")),
+    "coordinator": (_coordinator, ("TERM", "ENGINES", "GATEWAYS", "ROUTES", "LACKS")),
     "leaders": (_leaders, ("ROLE", "CANDIDATE", "ADDRESS", "PID", "TERM")),
 }
 
