@@ -21,7 +21,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "inference_replicas_ejected": ("", "Replicas that get few requests or none because they are slow, by deployment"),
     "inference_replica_ejections_total": ("", "Times a replica was put aside for being far slower than others, by deployment"),
     "inference_frames_dropped_total": ("", "Chunks that were dropped, by cause (old epoch, duplicate, gap)"),
-    "inference_retries_total": ("", "Further attempts, by deployment and kind (retry: refused; move: lost; hand_over: engine closed)"),
+    "inference_retries_total": ("", "Further attempts, by deployment and kind (retry: refused; move: lost; hand_over: closed)"),
     "inference_resumptions_total": ("", "Broken answers, by deployment and outcome (resumed: went on elsewhere; failed)"),
     "inference_gateway_peers": ("", "Other gateways that are known"),
     "inference_stream_copies": ("", "Streams of this gateway that another one is given a copy of"),
