@@ -12,6 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,7 @@ from inference_runtime.generation import (
     TextPrompt,
     TokenChunk,
 )
-from inference_runtime.runner import ModelRunner, RebuildCause, RunnerConfig, Runtime
+from inference_runtime.runner import ModelRunner, RebuildCause, RunnerConfig, Runtime, StepRequest
 from inference_runtime.stepped import SteppedRunner
 
 __all__ = ["Check", "RunnerFault", "check_runner"]
@@ -320,6 +321,33 @@ def _refuses_unknown_options(runtime: Runtime, config: RunnerConfig) -> None:
     runtime.validate(config)
 
 
+def _keeps_optional_promises(runtime: Runtime, config: RunnerConfig, check: Check) -> None:
+    """`probe` and `on_oom`, where the StepRunner has them. Loads a runner of its own, in the thread that it is called in."""
+    runner = runtime.make_runner(config)
+    probe, on_oom = getattr(runner, "probe", None), getattr(runner, "on_oom", None)
+    try:
+        if probe is None and on_oom is None:
+            return
+        runner.load(lambda progress: None)
+        if probe is not None:
+            answer = probe()
+            _require(answer is True, f"probe() of a sound runner gave {answer!r}; the engine would replace a context that works")
+        tokens = runtime.make_codec(config).encode(check.prompts[0])
+        runner.admit(StepRequest(1, tokens, SamplingParams(max_tokens=check.tokens, temperature=0.0, ignore_eos=True)))
+        made: list[int] = []
+        deadline = time.monotonic() + CHECK_TIMEOUT_S
+        while len(made) < check.tokens:
+            _require(time.monotonic() < deadline, "a sequence makes no progress after on_oom()")
+            for output in runner.step():
+                _require(output.error is None, f"a sequence failed after on_oom(): {output.error!r}")
+                made += output.token_ids
+            _require(runner.has_work() or len(made) == check.tokens, "a sequence is gone after on_oom(); it may only free memory")
+            if on_oom is not None:
+                on_oom()
+    finally:
+        runner.close()
+
+
 async def _closes(
     runner: ModelRunner, request: GenerationRequest, threads_before: set[threading.Thread], within_s: float
 ) -> None:
@@ -352,6 +380,8 @@ async def check_runner(make: Callable[[], _Made], check: Check | None = None) ->
     made = make()
     if isinstance(made, tuple):
         _refuses_unknown_options(*made)
+        with ThreadPoolExecutor(1) as thread:
+            await asyncio.wrap_future(thread.submit(_keeps_optional_promises, *made, check or Check()))
     runner = _build(made)
     subject = _Subject(runner, check or Check())
     try:

@@ -112,6 +112,20 @@ class _HasOneChoice(ScriptedRunner):
         return replace(info, capabilities=replace(info.capabilities, max_choices=1))
 
 
+class _ProbesWrong(ScriptedRunner):
+    """Says of a sound context that it is lost."""
+
+    def probe(self) -> bool:
+        return False
+
+
+class _ForgetsInNeed(ScriptedRunner):
+    """Gives back memory that it still needs."""
+
+    def on_oom(self) -> None:
+        self._sequences.clear()
+
+
 class _ClaimsNoResume(ScriptedRunner):
     """Says it cannot resume: then the loop refuses, and the runner passes."""
 
@@ -189,6 +203,8 @@ class _IgnoresOptions(ScriptedRuntime):
         (lambda: (_Broken(_DropsTheChoice), CONFIG), "two choices of one seed are the same"),
         (lambda: (_Broken(_DrawsAnew), CONFIG), "differs when it is generated again"),
         (lambda: (_Broken(_ResumesAsTheFirst), CONFIG), "choice 1 continued from token 6 differs"),
+        (lambda: (_Broken(_ProbesWrong), CONFIG), "probe\\(\\) of a sound runner"),
+        (lambda: (_Broken(_ForgetsInNeed), CONFIG), "is gone after on_oom"),
         (lambda: (_IgnoresOptions(), CONFIG), "unknown option was accepted"),
         (_LosesUsage, "no usage"),
         (_SkipsAToken, "index 4 where 3 was due"),
