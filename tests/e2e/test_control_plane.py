@@ -47,6 +47,7 @@ async def test_a_gateway_restarted_without_a_control_plane_serves_from_disk() ->
         await until_on_disk(cluster)
         for name in (*SINGLETONS, "etcd"):
             cluster.kill(name)
+        assert "does not answer" in str((await ready_with(cluster, "frozen"))["warnings"])
         cluster.kill("gateway")
         cluster.local.processes["gateway"].start()
 
