@@ -262,7 +262,7 @@ class _Shares:
         while True:
             for number in range(self._scene.load.gateways):
                 for name, labels, value in await metrics_of(_door(self._scene, number)):
-                    if name == EJECTED and labels.get("deployment") == MODEL:
+                    if name == EJECTED and labels["deployment"] == MODEL:
                         self.most = max(self.most, value / self._replicas)
             await asyncio.sleep(LOOK_S)
 

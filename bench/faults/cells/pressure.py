@@ -9,9 +9,11 @@ from typing import Any
 
 from bench.faults.asking import PATIENCE_S
 from bench.faults.crowd import arrivals, clients, p99_s, served, took_s
+from bench.faults.judge import percentile
 from bench.faults.load import MODEL
 from bench.faults.metrics import metrics_of
 from bench.faults.scene import PACE_S, Cell, Scene
+from inference_runtime.cli.local import http_get
 from inference_runtime.testing.faults import Fault, FaultNotVerified, Kill
 
 __all__ = ["CELLS"]
@@ -32,6 +34,11 @@ CROWDED = {
 OVERLOAD = 3.0
 #: Clients of the idle deployment, and when one that was refused asks again while the peak is measured, seconds.
 FEW, AGAIN_S = 2, 0.01
+#: Time that a refusal may take, milliseconds: half of them by the clock; of the slowest, what is more than the slowest of those
+#: requests take that ask for nothing at that time. On a busy machine it is only this that tells of the gateway.
+REFUSED_MS = 10.0
+#: Time between two such requests, seconds.
+CONTROL_EVERY_S = 0.03
 #: Time that the deployment gets to be as it was, and how long it is watched, seconds.
 RECOVERY_S, WATCHED_S = 10.0, 15.0
 
@@ -48,7 +55,9 @@ async def overloaded(scene: Scene) -> None:
     peak_per_s = len(served(peak)) / lasting_s
     lasting_s = scene.sized("seconds of overload:", quick=10, full=60)
     scene.since = time.monotonic()
-    crowd = await arrivals(scene.load, OVERLOAD * peak_per_s, lasting_s, **about, kind="crowd", rng=scene.rng)
+    async with asyncio.TaskGroup() as tasks:
+        control = tasks.create_task(_control(scene, lasting_s))
+        crowd = await arrivals(scene.load, OVERLOAD * peak_per_s, lasting_s, **about, kind="crowd", rng=scene.rng)
     scene.until = over = time.monotonic()
     after = await clients(scene.load, FEW, WATCHED_S, **about, kind="after", again_s=AGAIN_S)
     refused = [a for a in crowd if a.outcome == "refused"]
@@ -60,10 +69,28 @@ async def overloaded(scene: Scene) -> None:
     scene.measured("goodput_lost_share", 1 - len(served(crowd)) / lasting_s / peak_per_s)
     scene.measured("accepted_p99_by_idle", p99_s(served(crowd)) / idle_p99_s)
     scene.measured("idle_p99_ms", idle_p99_s * 1000)
+    control_p99_s = percentile(control.result(), 0.99)
     scene.measured("refused_p50_ms", took_s(refused, 0.5) * 1000)
     scene.measured("refused_p99_ms", p99_s(refused) * 1000)
+    scene.measured("control_p99_ms", control_p99_s * 1000)
+    scene.measured("refused_p99_over_control_ms", (p99_s(refused) - control_p99_s) * 1000)
     late = [a.end - over for a in after if a.outcome != "ended" or a.end - a.begin > 2 * idle_p99_s]
     scene.measured("recovered_after_s", max(late, default=0.0))
+
+
+async def _control(scene: Scene, lasting_s: float) -> list[float]:
+    """How long an answer takes at that time for which nobody has to do anything: what the machine adds to every time, seconds."""
+    took: list[float] = []
+    until = time.monotonic() + lasting_s
+    while time.monotonic() < until:
+        url = scene.cluster.local.http_urls[len(took) % scene.load.gateways]
+        begin = time.monotonic()
+        status, _ = await http_get(url.removeprefix("http://"), "/healthz")
+        if status != 200:
+            raise FaultNotVerified(f"{url}/healthz answers with status {status}: there is nothing to compare with")
+        took.append(time.monotonic() - begin)
+        await asyncio.sleep(CONTROL_EVERY_S)
+    return took
 
 
 # --- P-02 ------------------------------------------------------------------------------------------------------------
@@ -145,13 +172,15 @@ CELLS: tuple[Cell, ...] = (
         "P-01",
         "overload: 3 times what can be served",
         overloaded,
-        "goodput ≥ 90 % of the peak; p99 of the accepted ≤ twice the idle one; refused within 10 ms; well again within 10 s",
+        "goodput ≥ 90 % of the peak; p99 of the accepted ≤ twice the idle one; refused within 10 ms (p50; p99 over that of empty "
+        "requests); well again within 10 s",
         stall_s=1.0,
         streams=8,
         limits={
             "goodput_lost_share": 0.1,
             "accepted_p99_by_idle": 2.0,
-            "refused_p99_ms": 10.0,
+            "refused_p50_ms": REFUSED_MS,
+            "refused_p99_over_control_ms": REFUSED_MS,
             "recovered_after_s": RECOVERY_S,
         },
     ),
