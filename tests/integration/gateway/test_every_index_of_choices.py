@@ -37,7 +37,7 @@ def truth() -> dict[int, tuple[str, list[str]]]:
 
 async def ask(gateway: Gateway, stream: bool) -> tuple[dict[int, tuple[str, list[str]]], dict[str, int]]:
     """Text and finish reasons of each choice, and the usage; fails where it is not a proper answer."""
-    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     response = await gateway.chat(**FIELDS, **more)
     assert response.status_code == 200, response.text
     if not stream:
