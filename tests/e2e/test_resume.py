@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Reader:
     last_id: str = ""
     usage: Mapping[str, int] | None = None
     finish: str = ""
+    error: str = ""
     done: bool = False
 
     @property
@@ -39,6 +41,9 @@ class Reader:
 
     def event(self, event_id: str, data: str) -> None:
         """One event, whole."""
+        if '"error"' in data:
+            self.error = json.loads(data)["error"]["code"] or json.loads(data)["error"]["type"]
+            return
         assert event_id, f"an event without an id: {data}"
         self.last_id = event_id
         self.ids.append(event_id)
@@ -46,7 +51,6 @@ class Reader:
             self.done = True
             return
         document = json.loads(data)
-        assert "error" not in document, document
         self.usage = document.get("usage") or self.usage
         for choice in document["choices"]:
             if text := choice["delta"].get("content"):
@@ -96,8 +100,9 @@ async def acquainted(cluster: Cluster, client: httpx.AsyncClient) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two gateways, two engines, and a deployment that takes 20 ms for a token."""
-    with Cluster(engines=2, gateways=2, lease_ttl_s=3) as running:
+    """Two gateways that drain for a second, two engines, and a deployment that takes 20 ms for a token."""
+    drain = {"INFERENCE_GATEWAY__DRAIN_TIMEOUT_S": "1", "INFERENCE_GATEWAY__DRAIN_NOTICE_S": "0.1"}
+    with Cluster(engines=2, gateways=2, lease_ttl_s=3, settings={"gateway": drain}) as running:
         spec = {"name": "slow", "model": "scripted", "runtime": "scripted", "replicas": 2, "runtime_config": {"pace_s": 0.02}}
         asyncio.run(running.apply(spec))
         yield running
@@ -191,3 +196,26 @@ async def test_a_stop_string_that_began_before_the_kill_ends_the_answer_after_it
         await reader.read(second.aiter_lines())
     assert reader.text == whole[TOKENS][: whole[TOKENS].index(stop)]
     assert (reader.finish, reader.done) == ("stop", True)
+
+
+async def test_a_stream_that_outlives_its_gateways_drain_goes_on_at_the_other(
+    cluster: Cluster, client: httpx.AsyncClient
+) -> None:
+    """R-05: SIGTERM cuts what is not over in time, with an error event; nothing of it is lost."""
+    await acquainted(cluster, client)
+    tokens, reader = 150, Reader()  # three seconds
+    body = request(max_tokens=tokens)
+    async with client.stream("POST", f"{cluster.local.http_urls[0]}/v1/chat/completions", json=body) as first:
+        lines = first.aiter_lines()
+        await reader.read(lines, until=5)
+        cluster.kill("gateway", signal.SIGTERM)
+        await reader.read(lines)
+    assert reader.error, "the stream ended in time: nothing was put to the test"
+    assert not reader.done
+    headers = {"last-event-id": reader.last_id}
+    async with client.stream("POST", f"{cluster.local.http_urls[1]}/v1/chat/completions", json=body, headers=headers) as second:
+        assert second.status_code == 200, await second.aread()
+        await reader.read(second.aiter_lines())
+    assert reader.text == expected_text(user_says(PROMPT), seed=5, n=tokens)
+    assert reader.done
+    cluster.kill("gateway")  # it is on its way out; the next test starts it anew
