@@ -24,11 +24,15 @@ from services.gateway.worker import GatewayWorker
 log = get_logger(__name__)
 
 
+def _store(settings: GatewaySettings) -> TableStore | None:
+    return TableStore(Path(settings.state_dir).expanduser(), settings.etcd.endpoints) if settings.state_dir else None
+
+
 async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
     """Run one worker until SIGTERM, SIGINT or the end of its parent."""
     stop = stop_signal(interrupt=settings.parent_fd < 0)
     sock = listen(settings.http.host, settings.http.port, shared=settings.parent_fd >= 0)
-    store = TableStore(Path(settings.state_dir).expanduser(), settings.etcd.endpoints) if settings.state_dir else None
+    store = _store(settings)
     stored = await asyncio.to_thread(store.load) if store is not None else None
     async with contextlib.AsyncExitStack() as stack:
         etcd = etcd_client(settings.etcd, telemetry.metrics, stored.mark if stored is not None else None)
