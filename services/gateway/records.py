@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from inference_runtime.errors import InferenceError
@@ -15,7 +15,7 @@ from inference_runtime.v1 import gateway_peer_service_pb2, generation_pb2
 from inference_runtime.wire import duration, seconds
 from services.gateway.position import Position, Seen
 
-__all__ = ["NotResumable", "Plan", "Record", "RecordStore", "StreamNotFound", "plan"]
+__all__ = ["NotResumable", "Plan", "Record", "RecordStore", "StreamNotFound", "choose", "plan"]
 
 StreamEnd = gateway_peer_service_pb2.StreamEnd
 StreamHeader = gateway_peer_service_pb2.StreamHeader
@@ -223,3 +223,27 @@ def plan(record: Record, position: Position, *, include_usage: bool, repeats: bo
         f"the client has {shown} tokens of this stream, the gateways that live {len(tokens)}, and its runtime does not make the "
         "same ones twice; send the request again, from the start"
     )
+
+
+def choose(
+    records: Iterable[Record], position: Position, *, include_usage: bool, repeats: Callable[[Record], bool]
+) -> tuple[Record, Plan]:
+    """The copy to go on from, and how: the one that knows most, among those that agree with what the client has.
+
+    Copies of one stream differ where gateways could not reach each other and each went on with it. The tokens that an id carries
+    tell which of them its client was served by.
+
+    Raises:
+        NotResumable: None of them; the reason is that of the one that knows most.
+    """
+    refusal: NotResumable | None = None
+    known = sorted(records, key=lambda record: record.rank, reverse=True)
+    for record in known:
+        try:
+            way = plan(record, position, include_usage=include_usage, repeats=repeats(record))
+        except NotResumable as err:
+            refusal = refusal or err
+        else:
+            record.attachment = known[0].attachment  # whoever goes on now is the latest of all
+            return record, way
+    raise refusal or StreamNotFound

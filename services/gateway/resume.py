@@ -263,8 +263,8 @@ class Resumer:
             return None
         return waiting[0], None, StreamHeader.FromString(waiting[1].header)
 
-    async def find(self, request_id: str, tenant: str) -> Record:
-        """What any gateway knows of a stream. None of them serves it any more, as far as it could be reached.
+    async def find(self, request_id: str, tenant: str) -> list[Record]:
+        """What gateways know of a stream. None of them serves it any more, as far as it could be reached.
 
         Raises:
             StreamNotFound: There is none, or it is somebody else's.
@@ -277,7 +277,7 @@ class Resumer:
                 found.append(Record.from_proto(proto, now))
         if not found:
             raise StreamNotFound
-        return max(found, key=lambda record: record.rank)
+        return found
 
     def repeats(self, record: Record) -> bool:
         """Whether the runtime makes the same tokens again."""

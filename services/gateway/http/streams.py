@@ -16,7 +16,7 @@ from services.gateway.http.errors import error_body, error_headers
 from services.gateway.http.openai import Asked
 from services.gateway.http.sse import CHAT, COMPLETION, Shape, StreamSink
 from services.gateway.position import Position, Seen, parse_position
-from services.gateway.records import plan
+from services.gateway.records import choose
 from services.gateway.resume import Resumer, Terms
 
 if TYPE_CHECKING:
@@ -150,13 +150,13 @@ class StreamDoor:
         position = client.position
         if position.seen is Seen.TOKENS and self._attach(client):
             return "kept"
-        record = await self._resumer.find(position.request_id, client.tenant)
-        header = StreamHeader.FromString(record.header)
+        records = await self._resumer.find(position.request_id, client.tenant)
+        header = StreamHeader.FromString(records[0].header)
         if client.sent is not None:
             _check_same(client.sent, client.shape, header)
         if client.left:
             return "left"
-        way = plan(record, position, include_usage=header.include_usage, repeats=self._resumer.repeats(record))
+        record, way = choose(records, position, include_usage=header.include_usage, repeats=self._resumer.repeats)
         shape, asked = _SHAPES[header.format], _asked(header)
         connection = client.connection
         if way.over:

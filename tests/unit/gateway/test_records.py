@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from inference_runtime.v1 import gateway_peer_service_pb2, generation_pb2
 from services.gateway.position import Position, Seen, parse_position, place
-from services.gateway.records import OVERHEAD_BYTES, NotResumable, Record, RecordStore, plan
+from services.gateway.records import OVERHEAD_BYTES, NotResumable, Record, RecordStore, choose, plan
 
 STOP = generation_pb2.FINISH_REASON_STOP
 
@@ -143,3 +143,14 @@ def test_an_end_that_no_gateway_knows_is_made_again_or_refused() -> None:
 
 def test_a_client_that_has_nothing_gets_everything() -> None:
     assert list(plan(record(tokens=[1, 2]), Position(f"{0:032x}"), include_usage=False, repeats=False).prefix) == []
+
+
+def test_of_copies_that_went_apart_the_one_that_the_client_was_served_from_counts() -> None:
+    """Two gateways that cannot reach each other may both go on with a stream, and a runtime need not repeat itself."""
+    longer, mine = record(tokens=[1, 2, 7, 7, 7, 7], attachment=2), record(tokens=[1, 2, 3, 4], attachment=1)
+    found, way = choose([mine, longer], Position(f"{0:032x}", 4, tail=(4, 5)), include_usage=False, repeats=lambda _: True)
+    assert found is mine
+    assert list(way.prefix) == [1, 2, 3, 4, 5]
+    assert found.attachment == 2, "whoever goes on now is newer than both"
+    with pytest.raises(NotResumable, match="not of this stream"):
+        choose([mine, longer], Position(f"{0:032x}", 3, tail=(9, 9)), include_usage=False, repeats=lambda _: True)
