@@ -151,6 +151,9 @@ class Engine:
         """A step."""
         self.changed.set()
 
+    def on_out_of_memory(self, sequences: int) -> None:
+        """Not here."""
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for it."""
         async with asyncio.timeout(30):

@@ -87,6 +87,9 @@ class Story:
         """A step."""
         self._changed.set()
 
+    def on_out_of_memory(self, sequences: int) -> None:
+        """Not here."""
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for it."""
         async with asyncio.timeout(WAIT_S):
