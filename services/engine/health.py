@@ -24,6 +24,8 @@ log = get_logger(__name__)
 READY_S = 5.0
 #: A canary is sent when this part of that time is over: it has the rest to answer.
 CANARY_PART = 0.4
+#: Part of a device's time that a canary may take, as one in so many: a slow model on a CPU is asked less often.
+CANARY_COST = 20.0
 #: Time that a child's own watch gets to find a hang first, seconds: it has the stacks.
 GRACE_S = 2.0
 #: Ends that are the replica's fault. What restarts a context is judged there.
@@ -46,7 +48,7 @@ class Health:
         self._vitals = Vitals(ready_s, now_s)
         self._canary = Canary(worker, self._canary_lived, self._canary_died)
         self._steps = 0
-        self._now_s = now_s  # of the last look
+        self._now_s = self._worked_s = now_s  # of the last look, and of the last that saw work
         #: Prompt of the canary; empty for none.
         self.canary_prompt: Sequence[int] = ()
 
@@ -102,10 +104,13 @@ class Health:
             self._steps = steps
             vitals.moved(now_s)
         expecting = worker.busy
-        if not expecting and not (idle and self.canary_prompt and worker.ready):
-            vitals.moved(now_s)
-        elif not expecting and now_s - vitals.moved_s >= CANARY_PART * self._ready_s:
+        if expecting:
+            self._worked_s = now_s
+        pause_s = max(CANARY_PART * self._ready_s, CANARY_COST * vitals.typical_s)
+        if not expecting and idle and self.canary_prompt and worker.ready and now_s - self._worked_s >= pause_s:
             canary.send(self.canary_prompt, now_s)
+        elif not expecting and (not idle or not self.canary_prompt or not worker.ready or pause_s > self._ready_s):
+            vitals.moved(now_s)  # nothing is expected of it
         elif expecting and now_s - vitals.moved_s > max(self._hang_s, 2 * vitals.silence_s) + GRACE_S:
             log.error("context neither steps nor answers", replica=self._name, silence_s=now_s - vitals.moved_s)
             worker.condemn(Fault(loss=Loss.HANG))

@@ -72,6 +72,11 @@ class Vitals:
             self._failures, self._resting_until_s = 0, 0.0
 
     @property
+    def typical_s(self) -> float:
+        """Duration of a step, the median of the last ones, seconds."""
+        return sorted(self._durations)[len(self._durations) // 2] if self._durations else 0.0
+
+    @property
     def silence_s(self) -> float:
         """The longest silence that is none, seconds."""
         return max(self.ready_s, SILENCE_STEPS * max(self._durations, default=0.0))

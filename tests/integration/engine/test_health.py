@@ -88,6 +88,19 @@ async def test_the_canary_counts_nowhere_and_there_is_one_at_a_time() -> None:
         assert {r.state for r in engine.published} == {common_pb2.REPLICA_STATE_LOADING, SERVING}
 
 
+async def test_a_slow_model_is_not_kept_busy_by_its_canary() -> None:
+    """A token that takes 0.2 s is asked for every four seconds at most, and the replica is ready in between."""
+    async with running_engine(ready_s=0.5) as engine:
+        await engine.host(assignment("slow-idle", {"pace_s": 0.2}))
+        core = core_of(engine, "slow-idle-0")
+        await until(lambda: core._health._canary.out, "the first canary")
+        first_s = core._health._canary.sent_s
+        await until(lambda: not core._health._canary.out, "it was answered")
+        await until(lambda: core._health._canary.out, "the second canary")
+        assert core._health._canary.sent_s - first_s >= 4.0
+        assert {r.state for r in engine.published} == {common_pb2.REPLICA_STATE_LOADING, SERVING}
+
+
 async def test_the_canary_makes_way_for_the_first_request() -> None:
     """It leaves before the request's first step, whatever it was waiting for."""
     async with running_engine(ready_s=0.5) as engine, session(engine) as gateway:
