@@ -61,6 +61,8 @@ EXIT_GRACE_S = 1.0
 LAST_BYTES_S = 0.2
 #: Time a child gets to close its runner, seconds.
 CLOSE_TIMEOUT_S = 10.0
+#: One whose present step has taken this long already, seconds, gets this long, seconds: it closes after the step, if ever.
+SILENT_S, SILENT_CLOSE_S = 2.0, 0.5
 #: Time a killed process gets to vanish, seconds. Only a driver that holds it in the kernel can take so long.
 REAP_TIMEOUT_S = 30.0
 #: Lines of output that are kept for the report of a hang, and the longest one, characters.
@@ -176,7 +178,8 @@ class ProcessContext:
             self._loop.add_reader(child.pidfd, self._exited)
         if self._loaded.done() and not self._died.done() and not self._cut.is_set():  # one that still loads would not read it
             self._link.write(pack_frame(Close(self._generation)))
-            await _within(CLOSE_TIMEOUT_S, self._gone)
+            still = self._phase is StepPhase.STEPPING and self._loop.time() - self._moved_s > SILENT_S
+            await _within(SILENT_CLOSE_S if still else CLOSE_TIMEOUT_S, self._gone)
         if not self._gone.is_set():
             self._kill()
             if not await _within(REAP_TIMEOUT_S, self._gone):

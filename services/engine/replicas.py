@@ -334,11 +334,12 @@ class Replicas:
         """
         hosted = self._hosted.get(replica_id)
         core = hosted.core if hosted is not None else None
-        if core is None or core.state not in (CoreState.SERVING, CoreState.RESTARTING):
+        up = (CoreState.SERVING, CoreState.NOT_READY)  # a context that is silent is what an operator wants to replace
+        if core is None or core.state not in (*up, CoreState.RESTARTING):
             raise NoReplica(f"replica {replica_id!r} does not serve on this engine")
-        before = core.context_generation if core.state is CoreState.SERVING else core.context_generation - 1
+        before = core.context_generation if core.state in up else core.context_generation - 1
         core.rebuild()
-        while core.state is CoreState.RESTARTING or (core.state is CoreState.SERVING and core.context_generation <= before):
+        while core.state is CoreState.RESTARTING or (core.state in up and core.context_generation <= before):
             await self._changed.wait()
         if core.state is not CoreState.SERVING:
             raise NoReplica(f"replica {replica_id!r} could not be rebuilt: {core.reason or 'it drains'}")

@@ -133,6 +133,19 @@ async def test_a_replica_whose_steps_give_nothing_for_long_is_ready() -> None:
         assert NOT_READY not in {r.state for r in engine.published}
 
 
+async def test_a_silent_replica_is_rebuilt_by_hand() -> None:
+    """An operator who sees NOT_READY need not wait until the hang is certain; what was asked for meanwhile is answered."""
+    async with running_engine(ready_s=2.5) as engine, session(engine) as gateway:
+        config = {"pace_s": 0.002, "hang_at_step": 20, "hang_s": 600.0}
+        await engine.host(assignment("by-hand", config, isolation="process"))
+        await gateway.send(submission(1, "by-hand", sampling=SamplingParams(max_tokens=30)))
+        await until(lambda: engine.replica("by-hand-0").state == NOT_READY, "it is silent")
+        begin = time.monotonic()
+        assert await engine.replicas.rebuild("by-hand-0") == 2
+        assert time.monotonic() - begin < 8.0, "it was given the time of one that works"
+        check_exact(await gateway.answer(1), "hello", 30)
+
+
 async def test_a_step_that_hangs_in_the_middle_of_answers_makes_the_replica_not_ready() -> None:
     """New requests are refused while nobody knows how it ends; those that run go on after it."""
     async with running_engine(ready_s=0.4) as engine, session(engine) as gateway:
