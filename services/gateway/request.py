@@ -418,26 +418,28 @@ class Request:
             self._look(self._target, now)
 
     def _look(self, target: Target, now: float) -> None:
-        """See how the attempt gets on, and have another replica do it where this one stands still."""
-        assert self._current is not None  # there is one for each target
-        assert self._route is not None
-        current, route = self._current, self._route
+        """See how it gets on. Where it stands still another replica does it, before this one's session is known to be dead."""
+        table, current = self._live.table, self._current
+        route = table.routes.get(self.model, self._route)
+        assert current is not None  # there is one for each target
+        assert route is not None
         current.look(now, self.progress)
         if not current.begun and target.link.silent:
-            self._leave_silent(target, route, now)
+            other = self._other(target, route, now)
+            if other is not None and other.link.silence < target.link.silence / 2:
+                self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer at present"), told=False)
         elif self.first_at and (late := current.overdue(now, route.first_chunk_timeout_s, route.next_chunk_timeout_s)):
-            self._attempt_failed(Timeout(late, phase=NEXT_CHUNK), told=False)
+            waits = not table.serves(target)  # for its context, which is being replaced; then it goes on with what it has
+            if not waits or self._other(target, route, now):
+                self._attempt_failed(Timeout(late, phase=NEXT_CHUNK), told=False)
 
-    def _leave_silent(self, target: Target, route: Route, now: float) -> None:
-        """The replica answers nothing and has given nothing: start on another one that does, or that has been silent for far less
-        long, instead of waiting until the session is known to be dead. What this one may still send is of an old epoch."""
-        other = choose(route, {*(self._tried or ()), target.replica_id}, self._revision)
-        better = other is not None and other.link.silence < target.link.silence / 2
-        allowed = (
-            self._idempotent and now <= self.deadline - LEAST_TIME_S and self._budget is not None and self._budget.may_move(now)
-        )
-        if better and allowed and self._attempts.left(shown=self._shown, resumable=target.capabilities.resume):
-            self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer at present"), told=False)
+    def _other(self, target: Target, route: Route, now: float) -> Target | None:
+        """Another replica that may go on with it, where another attempt is allowed."""
+        if not self._idempotent or now > self.deadline - LEAST_TIME_S or not (self._budget and self._budget.may_move(now)):
+            return None
+        if not self._attempts.left(shown=self._shown, resumable=target.capabilities.resume):
+            return None
+        return choose(route, {*(self._tried or ()), target.replica_id}, self._revision)
 
     def cancel(self) -> None:
         """The client left: stop the engine within one step. Nothing is sent to the sink any more."""

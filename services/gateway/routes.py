@@ -253,6 +253,10 @@ class RouteTable:
         """At least one replica can be reached and does not fail all it is given."""
         return any(target.usable and not target.outcomes.failing(now) for target in self.targets.values())
 
+    def serves(self, target: Target) -> bool:
+        """It is in the table, as one that takes requests."""
+        return target.serving and self.targets.get(target.replica_id) is target
+
     def sweep(self, now: float) -> None:
         """Take notice of who answers, and how fast. Called four times a second."""
         for link in {id(target.link): target.link for target in self.targets.values()}.values():

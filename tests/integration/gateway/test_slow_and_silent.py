@@ -161,6 +161,26 @@ async def test_o01_where_nobody_else_is_the_time_out_is_told(start: Start) -> No
         assert gateway.metric('inference_requests_total{deployment="demo",outcome="TIMEOUT"}') == 1
 
 
+async def test_o01_a_stream_waits_for_a_replica_whose_context_is_being_replaced_where_there_is_no_other(start: Start) -> None:
+    """Loading a model takes longer than a token may. The replica is out of the table meanwhile, and its streams are not lost."""
+    async with peer("a") as a, start() as gateway:
+        line = deployment_route(a.replica("demo"))
+        line.next_chunk_timeout.FromMilliseconds(300)
+        await gateway.route(line)
+        asking = asyncio.create_task(gateway.chat(stream=True))
+        s = await a.submission()
+        a.send(Row(s, 0, [1], "one "))
+        del line.replicas[:]
+        await gateway.route(line)
+        (request,) = gateway.worker.live.requests
+        overdue_since = time.monotonic() + 0.3
+        await until(lambda: request.ended or time.monotonic() > overdue_since + 0.75, "three sweeps while it is late")
+        a.send(last_row(s, 1, [2], "two"))
+        text = (await asking).text
+        assert "two" in text
+        assert "[DONE]" in text
+
+
 async def test_o01_an_answer_that_is_sent_whole_comes_in_lumps_and_gets_the_longer_time(start: Start) -> None:
     async with peer("a") as a, start() as gateway:
         line = deployment_route(a.replica("demo"))
