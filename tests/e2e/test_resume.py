@@ -57,8 +57,14 @@ class Reader:
                 self.texts.append(text)
             self.finish = choice["finish_reason"] or self.finish
 
-    async def read(self, lines: AsyncIterator[str], until: int = 10**6) -> None:
-        """Read until so many pieces of text are here, or to the end."""
+    @property
+    def tail(self) -> list[int]:
+        """The tokens that the last id carries: those that no other gateway had when it was sent."""
+        place = self.last_id.split(":", 2)
+        return json.loads(place[2]) if len(place) == 3 and place[2].startswith("[") else []
+
+    async def read(self, lines: AsyncIterator[str], until: int = 10**6, *, copied: bool = False) -> None:
+        """Read until so many pieces of text are here, and, where asked for, until all but a few are copied; or to the end."""
         event_id = ""
         async for line in lines:
             if line.startswith("id: "):
@@ -66,7 +72,7 @@ class Reader:
             elif line.startswith("data: "):
                 self.event(event_id, line[6:])
                 event_id = ""
-                if len(self.texts) >= until:
+                if len(self.texts) >= until and (not copied or 0 < len(self.tail) < 20):
                     return
 
 
@@ -219,3 +225,35 @@ async def test_a_stream_that_outlives_its_gateways_drain_goes_on_at_the_other(
     assert reader.text == expected_text(user_says(PROMPT), seed=5, n=tokens)
     assert reader.done
     cluster.kill("gateway")  # it is on its way out; the next test starts it anew
+
+
+async def test_a_frozen_gateway_neither_keeps_a_stream_nor_spoils_it_when_it_wakes(
+    cluster: Cluster, client: httpx.AsyncClient
+) -> None:
+    """It still believes to serve the stream, and goes on with it; what the other one gave its client meanwhile is what counts."""
+    await acquainted(cluster, client)
+    tokens, reader = 600, Reader()  # twelve seconds: those that it takes to notice, twice
+    body, urls = request(max_tokens=tokens), cluster.local.http_urls
+    async with client.stream("POST", f"{urls[0]}/v1/chat/completions", json=body) as first:
+        await reader.read(first.aiter_lines(), until=10)
+        cluster.pause("gateway")
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                if process_state(cluster.pids()["gateway"]) == "T":
+                    break
+                await asyncio.sleep(0.001)
+        headers = {"last-event-id": reader.last_id}
+        async with client.stream("POST", f"{urls[1]}/v1/chat/completions", json=body, headers=headers) as second:
+            assert second.status_code == 200, await second.aread()
+            lines = second.aiter_lines()
+            await reader.read(lines, until=20)
+            cluster.resume("gateway")
+            await reader.read(lines, until=40, copied=True)
+            assert not reader.done, "the stream was too short for its copy to come back to the gateway that had slept"
+            kill_gateway(cluster, 1)
+    headers = {"last-event-id": reader.last_id}
+    async with client.stream("GET", f"{urls[0]}/v1/streams/{reader.last_id.partition(':')[0]}", headers=headers) as third:
+        assert third.status_code == 200, await third.aread()
+        await reader.read(third.aiter_lines())
+    assert reader.text == expected_text(user_says(PROMPT), seed=5, n=tokens)
+    assert reader.done
