@@ -310,7 +310,9 @@ CELLS = (
         "R-06",
         "a step that does not end",
         step_hung,
-        "its process is killed at 30 s, with a dump; stall ≤ 32 s",
+        "its process is killed at 30 s, with a dump; stall ≤ 32 s; nothing new is sent there after 2 s",
+        # What was sent there before anybody could know waits until the process is killed.
+        unavailable_s=2.0,
         stall_s=32.0,
         deployment=_PROCESS,
         told=True,
