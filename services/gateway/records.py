@@ -21,6 +21,8 @@ StreamEnd = gateway_peer_service_pb2.StreamEnd
 StreamHeader = gateway_peer_service_pb2.StreamHeader
 StreamRecord = gateway_peer_service_pb2.StreamRecord
 
+#: What a client is told whose stream nobody has.
+GONE = "no stream of yours has this id any more; send the request again, from the start"
 #: What a record weighs besides its request and tokens, bytes.
 OVERHEAD_BYTES = 1024
 
@@ -33,8 +35,8 @@ class StreamNotFound(InferenceError):
     http_type = "invalid_request_error"
     http_code = "stream_not_found"
 
-    def __init__(self) -> None:
-        super().__init__("no stream of yours has this id any more; send the request again, from the start", param="Last-Event-ID")
+    def __init__(self, message: str = GONE, *, retry_after_s: float | None = None, **metadata: str) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, **{"param": "Last-Event-ID", **metadata})
 
 
 class NotResumable(InferenceError):
