@@ -168,7 +168,7 @@ class Fleet:
 
 
 class _Link:
-    up, silent = True, False
+    up, silent, silence = True, False, 0
 
     def listen(self) -> None:
         """There is nothing to hear."""
