@@ -74,8 +74,6 @@ class Choices:
     """
 
     ended = False
-    #: Nobody comes back to several choices: there is one attempt.
-    attempt = settled_input_tokens = settled_output_tokens = 0
     #: As LiveRequests saw them last: tokens of all choices, and since when there are no more.
     seen = 0
     #: Nothing goes on with it elsewhere: the ledger has it once.
