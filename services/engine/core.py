@@ -49,11 +49,6 @@ __all__ = ["CoreState", "EngineCore"]
 
 log = get_logger(__name__)
 
-#: What the canary asks, and its tokens at most.
-CANARY_TEXT, CANARY_TOKENS = "ok", 4
-#: Time between two looks at a replica's health, seconds. A loop that was away for longer than LATE_S more saw nothing meanwhile.
-LOOK_S, LATE_S = 0.25, 1.0
-
 
 class CoreState(enum.Enum):
     """State of a replica."""
@@ -129,7 +124,6 @@ class EngineCore:
         )
         self._worker = Worker(contexts, self._config, name=replica_id, listener=self, policy=policy, trials_s=trials_s)
         self._health = Health(self._worker, replica_id, ready_s, hang_s, time.monotonic())
-        self._look_s = min(LOOK_S, ready_s / 10)
         self._tokenisers, self._metrics, self._on_change = tokenisers, metrics, on_change
         self._preparer: Preparer | None = None
         self._numbers = itertools.count(1)
@@ -144,7 +138,7 @@ class EngineCore:
     async def run(self) -> None:
         """Load, and serve until cancelled. A replica that cannot work ends in FAILED with its reason; nothing is raised."""
         async with asyncio.TaskGroup() as tasks:
-            looking = tasks.create_task(self._keep_looking(), name=f"health-{self.replica_id}")
+            looking = tasks.create_task(self._health.keep_looking(self._look), name=f"health-{self.replica_id}")
             try:
                 self.runtime.validate(self._config)
                 await asyncio.get_running_loop().run_in_executor(self._tokenisers, self._make_codec)
@@ -161,20 +155,9 @@ class EngineCore:
     def _make_codec(self) -> None:
         codec = self.runtime.make_codec(self._config)
         self._preparer = Preparer(codec, self.replica_id)
-        try:
-            self._health.canary_prompt = tuple(codec.encode(CANARY_TEXT)[:CANARY_TOKENS])
-        except Exception as err:  # noqa: BLE001 - foreign code; a model that takes no plain text has no canary
-            log.warning("no canary for this model", replica=self.replica_id, error=repr(err))
+        self._health.choose_canary(codec)
 
-    async def _keep_looking(self) -> None:
-        looked_s = time.monotonic()
-        while True:
-            await asyncio.sleep(self._look_s)
-            now = time.monotonic()
-            self._look(now, away=now - looked_s > self._look_s + LATE_S)
-            looked_s = now
-
-    def _look(self, now: float, *, away: bool) -> None:
+    def _look(self, now: float, away: bool) -> None:
         """Publish whether it is ready, and use places that are free again."""
         if self.state in (CoreState.SERVING, CoreState.NOT_READY):
             since = min((s.admitted_s for s in self._running if s.flight is not None and s.flight.outputs_here), default=None)

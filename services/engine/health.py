@@ -6,9 +6,12 @@ takes is condemned, whatever it says of itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Callable, Sequence
 
 from inference_runtime.errors import InferenceError, Internal, NetworkError, ServerError, Timeout
+from inference_runtime.runner import Codec
 from inference_runtime.stepping import StepReport
 from inference_runtime.supervision import Fault, Loss
 from inference_runtime.telemetry import get_logger
@@ -22,6 +25,10 @@ log = get_logger(__name__)
 
 #: Age at which the last step, or the last answer of the canary, is too old for a replica that is ready, seconds.
 READY_S = 5.0
+#: Time between two looks, seconds. A loop that was away for longer than LATE_S more saw nothing meanwhile.
+LOOK_S, LATE_S = 0.25, 1.0
+#: What the canary asks, and its tokens at most.
+CANARY_TEXT, CANARY_TOKENS = "ok", 4
 #: A canary is sent when this part of that time is over: it has the rest to answer.
 CANARY_PART = 0.4
 #: Part of a device's time that a canary may take, as one in so many: a slow model on a CPU is asked less often.
@@ -87,6 +94,23 @@ class Health:
         self._vitals.failed(self._now_s)
 
     # --- looking -----------------------------------------------------------------------------------------------------
+
+    def choose_canary(self, codec: Codec) -> None:
+        """Make the canary's prompt. A model that takes no plain text has none."""
+        try:
+            self.canary_prompt = tuple(codec.encode(CANARY_TEXT)[:CANARY_TOKENS])
+        except Exception as err:  # noqa: BLE001 - foreign code
+            log.warning("no canary for this model", replica=self._name, error=repr(err))
+
+    async def keep_looking(self, look: Callable[[float, bool], None]) -> None:
+        """Call this a few times a second, with the time and whether the loop was away, until cancelled."""
+        pause_s = min(LOOK_S, self._ready_s / 10)
+        looked_s = time.monotonic()
+        while True:
+            await asyncio.sleep(pause_s)
+            now = time.monotonic()
+            look(now, now - looked_s > pause_s + LATE_S)
+            looked_s = now
 
     def look(self, now_s: float, *, running_since_s: float | None, idle: bool, away: bool) -> str:
         """ "" for a replica that is ready, else why it is not. Sends the canary, and condemns a context that hangs.
