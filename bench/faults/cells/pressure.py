@@ -34,8 +34,8 @@ CROWDED = {
 OVERLOAD = 3.0
 #: Clients of the idle deployment, and when one that was refused asks again while the peak is measured, seconds.
 FEW, AGAIN_S = 2, 0.01
-#: Time that a refusal may take, milliseconds: half of them by the clock; of the slowest, what is more than the slowest of those
-#: requests take that ask for nothing at that time. On a busy machine it is only this that tells of the gateway.
+#: Time that a refusal may take, milliseconds: what is more than requests take that ask for nothing at that time, of which the median
+#: is about 1 ms on an idle machine. On a busy one it is only this that tells of the gateway.
 REFUSED_MS = 10.0
 #: Time between two such requests, seconds.
 CONTROL_EVERY_S = 0.03
@@ -69,27 +69,34 @@ async def overloaded(scene: Scene) -> None:
     scene.measured("goodput_lost_share", 1 - len(served(crowd)) / lasting_s / peak_per_s)
     scene.measured("accepted_p99_by_idle", p99_s(served(crowd)) / idle_p99_s)
     scene.measured("idle_p99_ms", idle_p99_s * 1000)
-    control_p99_s = percentile(control.result(), 0.99)
-    scene.measured("refused_p50_ms", took_s(refused, 0.5) * 1000)
-    scene.measured("refused_p99_ms", p99_s(refused) * 1000)
-    scene.measured("control_p99_ms", control_p99_s * 1000)
-    scene.measured("refused_p99_over_control_ms", (p99_s(refused) - control_p99_s) * 1000)
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        refusal_s, control_s = took_s(refused, share), percentile(control.result(), share)
+        scene.measured(f"refused_{name}_ms", refusal_s * 1000)
+        scene.measured(f"refused_{name}_over_control_ms", (refusal_s - control_s) * 1000)
     late = [a.end - over for a in after if a.outcome != "ended" or a.end - a.begin > 2 * idle_p99_s]
     scene.measured("recovered_after_s", max(late, default=0.0))
 
 
 async def _control(scene: Scene, lasting_s: float) -> list[float]:
-    """How long an answer takes at that time for which nobody has to do anything: what the machine adds to every time, seconds."""
+    """How long an answer takes at that time for which nobody has to do anything: what the machine adds to every time, seconds.
+
+    Asked at a rate, as the crowd does: whoever waits for an answer before asking again sees each pause of the machine once.
+    """
     took: list[float] = []
-    until = time.monotonic() + lasting_s
-    while time.monotonic() < until:
-        url = scene.cluster.local.http_urls[len(took) % scene.load.gateways]
+
+    async def ask(number: int) -> None:
+        url = scene.cluster.local.http_urls[number % scene.load.gateways]
         begin = time.monotonic()
         status, _ = await http_get(url.removeprefix("http://"), "/healthz")
-        if status != 200:
+        if status not in {0, 200}:  # 0: none within a second
             raise FaultNotVerified(f"{url}/healthz answers with status {status}: there is nothing to compare with")
         took.append(time.monotonic() - begin)
-        await asyncio.sleep(CONTROL_EVERY_S)
+
+    begin = time.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(int(lasting_s / CONTROL_EVERY_S)):
+            await asyncio.sleep(begin + number * CONTROL_EVERY_S - time.monotonic())
+            tasks.create_task(ask(number))
     return took
 
 
@@ -172,14 +179,14 @@ CELLS: tuple[Cell, ...] = (
         "P-01",
         "overload: 3 times what can be served",
         overloaded,
-        "goodput ≥ 90 % of the peak; p99 of the accepted ≤ twice the idle one; refused within 10 ms (p50; p99 over that of empty "
-        "requests); well again within 10 s",
+        "goodput ≥ 90 % of the peak; p99 of the accepted ≤ twice the idle one; refused within 10 ms (p50 and p99, over "
+        "those of empty requests); well again within 10 s",
         stall_s=1.0,
         streams=8,
         limits={
             "goodput_lost_share": 0.1,
             "accepted_p99_by_idle": 2.0,
-            "refused_p50_ms": REFUSED_MS,
+            "refused_p50_over_control_ms": REFUSED_MS,
             "refused_p99_over_control_ms": REFUSED_MS,
             "recovered_after_s": RECOVERY_S,
         },
