@@ -424,10 +424,10 @@ class Request:
         assert current is not None  # there is one for each target
         assert route is not None
         current.look(now, self.progress)
-        if not current.begun and target.link.silent:
+        if not current.begun and target.shunned:
             other = self._other(target, route, now)
-            if other is not None and other.link.silence < target.link.silence / 2:
-                self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer at present"), told=False)
+            if other is not None and target.worse_than(other):
+                self._attempt_failed(EngineLost(f"replica {target.replica_id} does not answer in time"), told=False)
         elif self.first_at and (late := current.overdue(now, route.first_chunk_timeout_s, route.next_chunk_timeout_s)):
             waits = not table.serves(target)  # for its context, which is being replaced; then it goes on with what it has
             if not waits or self._other(target, route, now):

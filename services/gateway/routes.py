@@ -127,6 +127,12 @@ class Target:
         """A request goes elsewhere where it can: nobody answers there, or far more slowly than others do."""
         return self.in_flight >= self.trust.limit or self.link.silent
 
+    def worse_than(self, other: Target) -> bool:
+        """What this one was asked and has not begun is better asked of the other."""
+        if self.link.silent:
+            return other.link.silence < self.link.silence / 2
+        return self.trust.standing is Standing.OUT and not other.shunned
+
     @property
     def score(self) -> int:
         """How busy it is: what was reported, and what has been sent there from here."""

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from services.gateway.ejection import Standing
 from tests.integration.gateway.conftest import Gateway, Start
 from tests.integration.gateway.peer import Peer, Row, deployment_route, last_row, peer, until
 
@@ -123,6 +124,27 @@ async def test_an_engine_that_works_in_silence_is_asked_and_one_without_work_is_
         assert idle.pings == 0
         busy.send(last_row(busy.submissions[0], 0, [1], "done"))
         assert (await asking).status_code == 200
+
+
+async def test_r_06_what_waits_for_a_replica_that_is_put_aside_is_asked_of_another(start: Start) -> None:
+    """Its step does not end, or takes far too long: the engine answers pings, and its peers show that it is not the load."""
+    async with peer("a") as a, peer("b") as b, start() as gateway:
+        await gateway.route(deployment_route(a.replica("demo"), b.replica("demo")))
+        asking = await on(gateway, a, b)
+        count = len(b.submissions)
+        table = gateway.worker.table
+        for second in range(6):  # of other answers, which stand still there and go on at the peer
+            for target, tokens in (("demo-on-a", 0), ("demo-on-b", 50)):
+                for answer in (-1, -2):
+                    table.targets[target].pace.went_on(answer, 1.0, tokens)
+            table._review(time.monotonic() + second)
+        assert table.targets["demo-on-a"].trust.standing is Standing.OUT
+        moved = await b.submission(count + 1)
+        assert (moved.epoch, moved.request.request_id) == (1, a.submissions[-1].request.request_id)
+        b.send(last_row(moved, 0, [1], "here"))
+        assert (await asking).json()["choices"][0]["message"]["content"] == "here"  # type: ignore[attr-defined]
+        await a.cancelled(a.submissions[-1])
+        assert (await gateway.client.get("/readyz")).json()["shunned"] == {"slow": ["demo-on-a"]}
 
 
 @pytest.mark.parametrize("resume", [True, False])
