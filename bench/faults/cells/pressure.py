@@ -34,8 +34,8 @@ CROWDED = {
 OVERLOAD = 3.0
 #: Clients of the idle deployment, and when one that was refused asks again while the peak is measured, seconds.
 FEW, AGAIN_S = 2, 0.01
-#: Time that a refusal may take, milliseconds: what is more than requests take that ask for nothing at that time. On a busy machine
-#: it is only this that tells of the gateway.
+#: Time that a refusal may take, milliseconds: what is more than requests take that ask for nothing at that time. On a busy
+#: machine it is only this that tells of the gateway.
 REFUSED_MS = 10.0
 #: Time between two such requests, seconds.
 CONTROL_EVERY_S = 0.03
