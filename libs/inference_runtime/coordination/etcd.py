@@ -349,6 +349,9 @@ class EtcdClient:
                     self._raise(err, sent=not idempotent)
                 await asyncio.sleep(RETRY_PAUSE_S * (0.5 + random.random()))
                 continue
+            except asyncio.CancelledError:
+                self._demote(index)  # the caller's deadline came before ours: who did not answer in it is asked last
+                raise
             self._cluster_id = response.header.cluster_id or self._cluster_id
             return response
 

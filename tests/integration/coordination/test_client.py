@@ -24,6 +24,7 @@ from inference_runtime.coordination import (
     PrefixWatch,
 )
 from inference_runtime.coordination import etcd as etcd_module
+from inference_runtime.coordination.identity import StoreGuard
 from inference_runtime.coordination.lease import Lease
 from inference_runtime.errors import BadRequest
 from inference_runtime.secret import SecretStr
@@ -267,6 +268,24 @@ async def test_a_cluster_loses_its_leader_and_the_client_goes_on() -> None:
                     seen |= {kv.key for kv in (await anext(watch)).puts}
             assert lease.valid()
             assert await client.get("/w/a") is not None
+
+
+async def test_a_first_renewal_that_meets_a_frozen_member_goes_to_another_one() -> None:
+    """E-02: looking which store it is takes part of the renewal's time; a member that does not answer in it is asked last."""
+    async with EtcdCluster() as cluster:
+        leader = await asyncio.to_thread(cluster.leader)
+        preferred = cluster.members[leader - 1]
+        others = [m.endpoint for m in cluster.members if m is not preferred]
+        async with EtcdClient([preferred.endpoint, *others], guard=StoreGuard()) as client:
+            renewals = client.keep_alive((await client.grant(60)).lease_id)
+            preferred.pause()
+            try:
+                with pytest.raises(EtcdUnavailable):
+                    await renewals.renew(1.0)  # a frozen member is known by its silence only
+                assert await renewals.renew(1.0) == 60
+            finally:
+                renewals.close()
+                preferred.resume()
 
 
 async def _leads(member: EtcdProcess) -> bool:
