@@ -277,20 +277,23 @@ class Worker:
             self._trials_end.cancel()
             self._trials_end = None
 
-    def _on_down(self, err: Exception) -> None:
+    def _on_down(self, err: Exception) -> bool:
+        """Take in the survivors. Returns whether what killed the context was found: it does not come back."""
         self._context = None
+        found = False
         self._stop_trials_clock()
         fault = not isinstance(err, _Rebuild)
         present = self._take_all()
         log.warning("context replaced", replica=self._name, cause=str(err), flights=len(present), fault=fault)
         if fault and not _from_outside(err):
-            self._blame(present)
+            found = self._blame(present)
         else:
             self._probation.suspend(present, time.monotonic())
         for flight in present:
             if flight.generated and not self._can_resume:
                 self._end(flight, _lost("had begun, and this runtime cannot continue an answer", flight))
         self._listener.on_down(ContextPoisoned(str(err)) if fault else err)
+        return found
 
     def _take_all(self) -> list[Flight]:
         """Those on the context, which is no more. The canary ends with it."""
@@ -299,20 +302,22 @@ class Worker:
         self._canary = None
         return present
 
-    def _blame(self, present: list[Flight]) -> None:
-        """A context died with these on it: end the one that killed it, where that is certain, and have the others tried."""
+    def _blame(self, present: list[Flight]) -> bool:
+        """A context died with these on it: end the one that killed it, where that is certain, and have the others tried. Returns
+        whether it was found."""
         again = len(present) == 1 and present[0].context_deaths > 0
         killer = self._probation.blame(present, time.monotonic(), again=again)
         if killer is not None:
             killer.context_deaths += 1
             present.remove(killer)
             self._end(killer, _quarantined(killer))
-            return
+            return True
         for flight in list(present):
             flight.context_deaths += 1
             if flight.context_deaths >= MAX_CONTEXT_DEATHS:
                 present.remove(flight)
                 self._end(flight, _lost(f"was present at {MAX_CONTEXT_DEATHS} of its deaths", flight))
+        return False
 
     def _end(self, flight: Flight, err: InferenceError) -> None:
         self._probation.drop(flight)

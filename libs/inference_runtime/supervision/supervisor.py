@@ -55,6 +55,7 @@ class Supervisor(Generic[C]):
         policy: When restarts are too many, and the pauses between them.
         on_ready: Called with each child that works, and its generation.
         on_down: Called with the cause after each death that will be followed by a restart, before the old child is closed.
+            Returns True when it has removed the cause: the next life then begins without a pause.
         now_s: Monotonic clock, seconds.
     """
 
@@ -64,7 +65,7 @@ class Supervisor(Generic[C]):
         *,
         policy: RestartPolicy = DEFAULT_POLICY,
         on_ready: Callable[[C, int], None],
-        on_down: Callable[[Exception], None],
+        on_down: Callable[[Exception], bool | None],
         now_s: Callable[[], float],
     ) -> None:
         self._spawn, self._policy = spawn, policy
@@ -103,7 +104,8 @@ class Supervisor(Generic[C]):
                 if not asked:
                     pause_s = self._check(err, worked_s)
                 self.restarts += 1
-                self._on_down(err)
+                if self._on_down(err):
+                    pause_s = 0.0
             finally:
                 await child.close()
             if pause_s:

@@ -198,14 +198,26 @@ async def test_a_replica_that_could_not_begin_is_tried_again_by_a_reset() -> Non
 
 
 async def test_restarts_are_paused() -> None:
-    """0, 1, 4 s in production; here the second pause is visible in the time of the third life."""
+    """0, 1, 4 s in production; here the second pause is visible in the time of the third life. Nobody is to blame for these two
+    deaths: after one whose cause was found there is no pause."""
     async with running_engine(policy=RestartPolicy(backoff_s=(0.0, 0.3))) as engine, session(engine) as gateway:
-        await engine.host(assignment("paced", {"pace_s": 0.001, "poison_at_step": 2, "poison_times": 2}))
+        await engine.host(assignment("paced", {"pace_s": 0.001, "poison_at_step": 25, "poison_times": 2}))
         begin = time.perf_counter()
-        await gateway.send(submission(1, "paced", sampling=LONG))
-        assert isinstance((await gateway.answer(1)).error, Quarantined)
-        await until(lambda: engine.replica("paced-0").restarts == 2 and engine.replica("paced-0").state == SERVING, "twice")
+        await gateway.send(*(submission(i, "paced", f"{i}", sampling=LONG) for i in range(3)))
+        for i in range(3):
+            check_exact(await gateway.answer(i), f"{i}", 60)
+        assert engine.replica("paced-0").restarts == 2
         assert time.perf_counter() - begin >= 0.3
+
+
+async def test_there_is_no_pause_once_the_cause_was_found() -> None:
+    """PP-1: it does not come back, and everybody else waits."""
+    async with running_engine(policy=RestartPolicy(backoff_s=(0.0, 60.0))) as engine, session(engine) as gateway:
+        await engine.host(assignment("found", {"pace_s": 0.001, "poison_on": "kill"}))
+        await gateway.send(submission(1, "found", sampling=LONG), submission(2, "found", "kill", sampling=LONG))
+        assert isinstance((await gateway.answer(2)).error, Quarantined)
+        check_exact(await gateway.answer(1), "hello", 60)
+        assert engine.replica("found-0").restarts == 2
 
 
 async def test_a_prompt_larger_than_a_frame_fails_alone() -> None:

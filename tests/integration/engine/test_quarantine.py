@@ -9,7 +9,7 @@ import pytest
 
 from inference_runtime.errors import ContextPoisoned, Quarantined
 from inference_runtime.generation import SamplingParams
-from inference_runtime.supervision import RestartPolicy
+from inference_runtime.supervision import DEFAULT_POLICY, RestartPolicy
 from inference_runtime.v1 import common_pb2
 from tests.integration.engine.kit import Gateway, assignment, running_engine, session, submission, until
 from tests.integration.engine.test_session import check_exact
@@ -94,7 +94,7 @@ async def longest_silence_p99_s(isolation: str) -> float:
     """Of 150 streams, one killer among them; all but the killer end exactly."""
     sampling = SamplingParams(max_tokens=100)
     streams = range(1, 151)
-    async with running_engine() as engine, session(engine) as gateway:
+    async with running_engine(policy=DEFAULT_POLICY) as engine, session(engine) as gateway:
         config = POISON | {"pace_s": 0.02}
         await engine.host(assignment("stall", config, {"max_concurrent": 256}, isolation=isolation))
         silences = Silences(gateway)
