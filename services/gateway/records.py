@@ -128,12 +128,13 @@ class RecordStore:
 
     def put(self, record: Record, now: float) -> bool:
         """Keep a record. False where a copy that knows more is here already, or it alone is larger than the store."""
-        known = self._records.get(record.request_id)
-        if (known is not None and known.rank > record.rank) or record.size_bytes > self._max_bytes:
+        known, size_bytes = self._records.get(record.request_id), record.size_bytes
+        if (known is not None and known.rank > record.rank) or size_bytes > self._max_bytes:
             return False
-        self.drop(record.request_id)
+        if known is not None:
+            self.drop(record.request_id)
         self._records[record.request_id] = record
-        self.size_bytes += record.size_bytes
+        self.size_bytes += size_bytes
         record.touched = now
         self._make_room(now)
         return True
