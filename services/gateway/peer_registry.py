@@ -28,6 +28,7 @@ class PeerRegistry:
     def __init__(self, etcd: EtcdClient, table: PeerTable, ttl_s: float) -> None:
         self._etcd, self._table, self._ttl_s = etcd, table, ttl_s
         self._bound = asyncio.Event()
+        table.complete = False
 
     def bound(self, address: str) -> None:
         """This gateway can be reached here from now on."""
@@ -48,6 +49,7 @@ class PeerRegistry:
                 tasks.create_task(registration.run(), name="gateway registration")
                 await self._follow()
         except* EtcdError as errors:
+            self._table.complete = True  # as far as it ever will be
             log.error("other gateways are not known: etcd refuses to list them", cause=str(errors.exceptions[0]))
 
     async def _follow(self) -> None:

@@ -104,6 +104,8 @@ class PeerTable:
 
     def __init__(self, own: Gateway) -> None:
         self.own = own
+        #: Whether it is known who there is. A gateway that started while etcd is away cannot say that nobody has a stream.
+        self.complete = True
         self.changed = asyncio.Event()
         self._peers: dict[str, Peer] = {}
         self._gone: list[Peer] = []
@@ -115,6 +117,7 @@ class PeerTable:
 
     def apply(self, gateways: Iterable[Gateway]) -> None:
         """Take over who is registered."""
+        self.complete = True
         seen = {gateway.id: gateway for gateway in gateways if gateway.id != self.own.id}
         for gone in self._peers.keys() - seen.keys():
             self._gone.append(self._peers.pop(gone))

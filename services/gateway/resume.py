@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from inference_runtime.errors import Backpressure, DeploymentNotFound, Draining, Retry, error_class
+from inference_runtime.errors import Backpressure, DeploymentNotFound, Draining, NoReplica, Retry, error_class
 from inference_runtime.telemetry import MetricSet, get_logger
 from inference_runtime.v1 import engine_service_pb2, gateway_peer_service_pb2, generation_pb2
 from services.gateway.kept import KeptSink, SkippingSink
@@ -270,6 +270,7 @@ class Resumer:
 
         Raises:
             StreamNotFound: There is none, or it is somebody else's.
+            NoReplica: Not here, and this gateway has not heard yet which others there are: ask another one.
         """
         now = time.monotonic()
         own = self.give_up(request_id, tenant, now)
@@ -277,6 +278,8 @@ class Resumer:
         for proto in await self._peers.take(request_id, tenant):
             if proto.header.request.tenant == tenant and proto.header.request.request_id == request_id:
                 found.append(Record.from_proto(proto, now))
+        if not found and not self._peers.complete:
+            raise NoReplica("this gateway does not know the others yet, who may have this stream; ask them", retry_after_s=1)
         if not found:
             raise StreamNotFound
         return found

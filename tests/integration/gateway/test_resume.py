@@ -165,6 +165,18 @@ async def test_what_is_not_there_is_not_found_and_what_is_wrong_is_named(gateway
     assert response.status_code == 405
 
 
+async def test_a_gateway_that_does_not_know_the_others_yet_does_not_say_that_nobody_has_a_stream(gateway: Gateway) -> None:
+    """It started while etcd is away. Asking elsewhere helps, so it says 503, and 404 once it knows whom to ask."""
+    gateway.worker.peers.complete = False
+    seen = []
+    for _ in range(2):
+        async with stream(gateway, "0" * 32 + ":3", BODY) as answer:
+            seen.append((await refusal(answer))[0])
+        gateway.worker.peers.apply([])
+
+    assert seen == [503, 404]
+
+
 async def test_where_it_is_switched_off_nobody_comes_back(engine: Peer) -> None:
     async with start_gateway(resume=ResumeSettings(window_s=0)) as gateway:
         await gateway.route(route(engine))
