@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvloop
 
-from inference_runtime.coordination import EtcdUnavailable
+from inference_runtime.coordination import EtcdClient, EtcdUnavailable
 from inference_runtime.coordination.election import LeaderObserver
 from inference_runtime.process import etcd_client, speak, stop_signal
 from inference_runtime.settings import load_settings
@@ -23,9 +23,22 @@ from services.gateway.worker import GatewayWorker
 
 log = get_logger(__name__)
 
+#: What etcd gets to answer a gateway that has routes from disk and could serve, seconds. A member without a quorum never answers.
+CONNECT_S = 1.0
+
 
 def _store(settings: GatewaySettings) -> TableStore | None:
     return TableStore(Path(settings.state_dir).expanduser(), settings.etcd.endpoints) if settings.state_dir else None
+
+
+async def _look_for(etcd: EtcdClient) -> None:
+    """Say when etcd is away or another; with routes from disk that keeps nobody waiting for long."""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await etcd.connect()
+    except (EtcdUnavailable, TimeoutError) as err:
+        cause = err.message if isinstance(err, EtcdUnavailable) else f"no answer within {CONNECT_S:g} s"
+        log.warning("serving with routes from disk: etcd is away or another", cause=cause)
 
 
 async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
@@ -37,12 +50,10 @@ async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
     async with contextlib.AsyncExitStack() as stack:
         etcd = etcd_client(settings.etcd, telemetry.metrics, stored.mark if stored is not None else None)
         stack.push_async_callback(etcd.close)
-        try:
+        if stored is None:
             await etcd.connect()
-        except EtcdUnavailable as err:
-            if stored is None:
-                raise
-            log.warning("serving with routes from disk: etcd is away or another", cause=err.message)
+        else:
+            await _look_for(etcd)
         coordinators, ledgers = LeaderObserver(etcd, "coordinator"), LeaderObserver(etcd, "metrics")
         worker = GatewayWorker(settings, telemetry, coordinators, ledgers, sock, etcd, store)
         if stored is not None:
