@@ -184,7 +184,9 @@ async def test_a_disturbance_of_some_processes_leaves_the_others_alone() -> None
     """M-05: who is at the other end is read in the kernel's tables."""
     async with way() as (door, client):
         mine = client.writer.get_extra_info("sockname")[1]
-        assert process_of(mine, int(door.address.rpartition(":")[2])) == os.getpid()
+        port = int(door.address.rpartition(":")[2])
+        assert process_of(mine, port, [1, os.getpid()]) == os.getpid()
+        assert process_of(mine, port, [1]) == process_of(mine, port + 1, [os.getpid()]) == 0
 
         door.disturb(up=CUT, down=CUT, only=[1])
         assert await client.ask(b"not concerned") == b"not concerned"

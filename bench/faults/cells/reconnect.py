@@ -21,6 +21,8 @@ TTL_S = 10.0
 DOWN_S = 9.0
 #: Seconds that the answers of etcd are watched after the table is complete.
 AFTER_S = 1.0
+#: Seconds between two looks at the whole table, which cost etcd something, too.
+LOOK_EVERY_S = 0.25
 #: Seconds that a herd gets to register at first.
 GATHER_S = 60.0
 
@@ -39,6 +41,7 @@ async def everybody_reconnects(scene: Scene) -> None:
             up, revision = time.monotonic(), _status(scene)[1]
 
             async def complete() -> bool:
+                await asyncio.sleep(LOOK_EVERY_S)
                 return await _registered(scene, since=revision) == count and await _in_table(scene) == count
 
             scene.measured("table_complete_s", await scene.seconds_until(complete, up))
@@ -53,7 +56,7 @@ async def _gathered(scene: Scene, count: int) -> None:
     try:
         async with asyncio.timeout(GATHER_S):
             while await _registered(scene, since=0) < count or await _in_table(scene) < count:  # noqa: ASYNC110 - etcd
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(LOOK_EVERY_S)
     except TimeoutError as err:
         raise FaultNotVerified(f"{count} stand-ins did not register within {GATHER_S:g} s") from err
 

@@ -86,7 +86,6 @@ class _Connection:
     client: asyncio.StreamWriter
     port: int
     concerned: bool = True
-    pid: int = -1
     server: asyncio.StreamWriter | None = None
 
 
@@ -163,9 +162,9 @@ class TcpProxy:
     # --- connections -------------------------------------------------------------------------------------------------
 
     def _classify(self, connection: _Connection) -> None:
-        if self._only is not None and connection.pid < 0:
-            connection.pid = process_of(connection.port, int(self.address.rpartition(":")[2]))
-        connection.concerned = self._only is None or connection.pid in self._only
+        # Only a few processes are looked through: whoever opens a door shares its event loop with the load that is measured.
+        door = int(self.address.rpartition(":")[2])
+        connection.concerned = self._only is None or process_of(connection.port, door, self._only) in self._only
 
     def _lanes(self, connection: _Connection) -> tuple[Lane, Lane]:
         return (self.up, self.down) if connection.concerned else (self._calm_up, self._calm_down)
@@ -278,8 +277,8 @@ def _tear(connection: _Connection) -> None:
             writer.transport.abort()
 
 
-def process_of(client_port: int, server_port: int) -> int:
-    """Id of the process that holds the client's end of a connection on this machine; 0 when it cannot be found."""
+def process_of(client_port: int, server_port: int, among: Collection[int]) -> int:
+    """Which of these processes holds the client's end of a connection on this machine; 0 when none of them does."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -288,10 +287,10 @@ def process_of(client_port: int, server_port: int) -> int:
                 ports = [int(fields[n].rpartition(":")[2], 16) for n in (1, 2)]
                 if ports == [client_port, server_port]:
                     inodes.add(f"socket:[{fields[9]}]")
-    for process in Path("/proc").glob("[0-9]*"):
+    for pid in among if inodes else ():
         with contextlib.suppress(OSError):
-            for name in os.listdir(process / "fd"):
+            for name in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    if os.readlink(process / "fd" / name) in inodes:
-                        return int(process.name)
+                    if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:
+                        return pid
     return 0
