@@ -62,6 +62,19 @@ async def reached(cluster: Cluster, engines: int) -> None:
             await asyncio.sleep(0.05)
 
 
+async def killed_at(cluster: Cluster, client: httpx.AsyncClient, victim: str, k: int) -> bool:
+    """Kill an engine when the first choice has k tokens. Returns whether that met a choice, which went on elsewhere: the second
+    one is over before the first."""
+    await cluster.wait_serving("echo")
+    await reached(cluster, 2)
+    pid = cluster.pids()[victim]
+    answer, resumed = await streamed(client, k, lambda: cluster.kill(victim))
+    assert process_state(pid) == "", f"{victim} was not killed at token {k}"
+    assert answer == TRUTH, f"{victim} killed at token {k}"
+    await cluster.restart(victim)
+    return resumed > 0
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -75,14 +88,8 @@ async def test_trap_08_killed_at_every_token_of_two_choices() -> None:
             {"name": "echo", "model": "scripted", "runtime": "scripted", "replicas": 2, "runtime_config": options}
         )
         for k in range(TOKENS):
-            victim = ("engine", "engine-2")[k % 2]
-            await cluster.wait_serving("echo")
-            await reached(cluster, 2)
-            pid = cluster.pids()[victim]
-
-            answer, resumed = await streamed(client, k, lambda victim=victim: cluster.kill(victim))  # type: ignore[misc]
-
-            assert process_state(pid) == "", f"{victim} was not killed at token {k}"
-            assert answer == TRUTH, f"{victim} killed at token {k}"
-            assert resumed or k < 2 or k > TOKENS - 4, f"no choice was on {victim} at token {k}"
-            await cluster.restart(victim)
+            met = False
+            for victim in ("engine", "engine-2") if k % 2 else ("engine-2", "engine"):
+                met = met or await killed_at(cluster, client, victim, k)
+            # Nothing to go on from at the first token; at the last ones the answer may be over before the signal is there.
+            assert met or k == 0 or k > TOKENS - 4, f"no choice was on an engine that was killed at token {k}"
