@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +91,10 @@ class Table:
         self._deployments: dict[str, deployment_pb2.Deployment] = {}
         self._engines: dict[str, common_pb2.Engine] = {}
         self._replicas: dict[str, common_pb2.Replica] = {}
+        #: Replicas by engine and id: those that are registered, with their key, and those in the table. Each engine reports every
+        #: second, and must not cost a walk over all of them.
+        self._registered: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        self._routed: defaultdict[str, set[str]] = defaultdict(set)
         #: engine and replica of each assignment, by key
         self._assigned: dict[str, tuple[str, str]] = {}
         self._guard = LossGuard(2 * settings.etcd.lease_ttl_s, settings.freeze_s)
@@ -150,9 +154,7 @@ class Table:
 
     def engine_known(self, engine_id: str) -> bool:
         """Whether this engine is registered, or believed to be."""
-        return keys.ENGINES + engine_id in self._engines or any(
-            replica.engine_id == engine_id for line in self.table.lines.values() for replica in line.replicas
-        )
+        return keys.ENGINES + engine_id in self._engines or engine_id in self._routed
 
     def replicas(self, deployment: str = "") -> list[common_pb2.Replica]:
         """All replicas that are registered, in any state, by deployment and id."""
@@ -179,8 +181,7 @@ class Table:
         """Take load reports of an engine's replicas. Each call renews what it said before; unknown replicas are ignored."""
         now_s = time.monotonic()
         self._attendance.heard(engine_id, now_s)
-        own = {r.id for r in self._replicas.values() if r.engine_id == engine_id}
-        own |= {r.id for line in self.table.lines.values() for r in line.replicas if r.engine_id == engine_id}
+        own = self._registered.get(engine_id, {}).keys() | self._routed.get(engine_id, set())
         said = {load.replica_id: load for load in loads if load.replica_id in own}
         silent = {i: load for i in own - said.keys() if (load := self.loads.get(i, now_s)) is not None}
         news = {i for i, load in {**silent, **said}.items() if self.loads.report(load, now_s)}
@@ -221,8 +222,10 @@ class Table:
         for (prefix, message), records in zip(_KINDS.items(), self._records(), strict=True):
             if kv.key.startswith(prefix):
                 self._removed.pop(kv.key, None)
+                self._note_replica(kv.key, False)
                 try:
                     records[kv.key] = message.FromString(kv.value)
+                    self._note_replica(kv.key, True)
                 except DecodeError as err:
                     log.error("record is not readable", key=kv.key, exc_info=err)
                     records.pop(kv.key, None)
@@ -231,6 +234,7 @@ class Table:
         now_s = time.monotonic()
         self._assigned.pop(key, None)
         self._deployments.pop(key, None)
+        self._note_replica(key, False)
         replica = self._replicas.pop(key, None)
         if replica is not None and replica.state == common_pb2.REPLICA_STATE_SERVING:
             self._removed[key] = (now_s, replica)
@@ -247,6 +251,18 @@ class Table:
                 alive=len(self._engines),
                 for_s=self.settings.freeze_s,
             )
+
+    def _note_replica(self, key: str, present: bool) -> None:
+        """Keep the replicas of each engine: `key` is there, or about to go."""
+        replica = self._replicas.get(key)
+        if replica is None:
+            return
+        if present:
+            self._registered[replica.engine_id][replica.id] = key
+            return
+        self._registered[replica.engine_id].pop(replica.id, None)
+        if not self._registered[replica.engine_id]:
+            del self._registered[replica.engine_id]
 
     async def _publish(self) -> None:
         while True:
@@ -299,6 +315,11 @@ class Table:
         )
         change = diff_tables(self.table, table)
         self.table = RouteTable(change.revision, table.lines)
+        if change:
+            self._routed.clear()
+            for line in table.lines.values():
+                for replica in line.replicas:
+                    self._routed[replica.engine_id].add(replica.id)
         self._gauges.show(change.revision, self._replicas.values())
         self.loads.keep({r.id for r in self._replicas.values()} | self.table.replica_ids(), now_s)
         if change:
