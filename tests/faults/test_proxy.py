@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -126,14 +127,18 @@ async def test_a_cut_that_nothing_met_is_not_verified(monkeypatch: pytest.Monkey
 async def test_a_cut_whose_target_is_gone_is_not_healed(monkeypatch: pytest.MonkeyPatch) -> None:
     """§4.2: healed means that something passes again."""
     monkeypatch.setattr("inference_runtime.testing.disturb.HEALED_S", 0.3)
-    async with echo() as target:
-        pass
-    async with TcpProxy(target) as door:
-        fault = Disturb([door], up=CUT, down=CUT)
-        fault.inject()
-        with pytest.raises(FaultNotVerified, match="nothing passes"):
-            await fault.heal()
-        assert not fault.is_healed()
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # ours, so that nobody else listens there, and never listening
+        async with TcpProxy("{}:{}".format(*reserved.getsockname())) as door:
+            await _not_healed(door)
+
+
+async def _not_healed(door: TcpProxy) -> None:
+    fault = Disturb([door], up=CUT, down=CUT)
+    fault.inject()
+    with pytest.raises(FaultNotVerified, match="nothing passes"):
+        await fault.heal()
+    assert not fault.is_healed()
 
 
 async def test_delay_is_added_to_each_byte_and_not_to_each_chunk() -> None:
