@@ -35,7 +35,9 @@ FINISH = {
     generation_pb2.FINISH_REASON_CONTENT_FILTER: b'"content_filter"',
     generation_pb2.FINISH_REASON_BUDGET: b'"length"',
 }
-KEEP_ALIVE = b": waiting\n\n"
+#: Comments are lines without an empty one behind them: after an event with an id, OpenAI's SDK takes an empty line for the end of
+#: another event, and fails on one without data.
+KEEP_ALIVE = b": waiting\n"
 #: Header of a whole answer and trailer of a stream: how often it went on from another attempt. Absent for never.
 RESUMED = b"x-inference-resumed: %d\r\n"
 TRAILER = b"trailer: x-inference-resumed\r\n"
@@ -318,4 +320,4 @@ class StreamSink(_HttpSink):
 
     def resumed(self, count: int) -> None:
         """See `Sink`. The head has gone, so a comment tells, where it happened."""
-        self._send(self._start() + self._frame(b": resumed %d\n\n" % count))
+        self._send(self._start() + self._frame(b": resumed %d\n" % count))

@@ -264,7 +264,7 @@ async def test_a_silent_stream_gets_a_sign_of_life_and_then_its_tokens(start: St
         writer.write(post(STREAM))
         s = await a.submission()
         async with asyncio.timeout(5):
-            assert b"200 OK" in await reader.readuntil(b": waiting\n\n")
+            assert b"200 OK" in await reader.readuntil(b": waiting\n")
         a.send(last_row(s, 0, [1], "at last"))
         async with asyncio.timeout(5):
             assert b"at last" in await reader.readuntil(b"[DONE]")
@@ -278,7 +278,7 @@ async def test_a_stream_without_a_replica_gets_signs_of_life_too(start: Start) -
         reader, writer = await gateway.connect()
         writer.write(post(STREAM))
         async with asyncio.timeout(5):
-            assert b"200 OK" in await reader.readuntil(b": waiting\n\n")
+            assert b"200 OK" in await reader.readuntil(b": waiting\n")
             rest = await reader.readuntil(b"\r\n0\r\n\r\n")
         assert b'"code":' in rest
         assert b"[DONE]" not in rest
