@@ -74,6 +74,7 @@ class GatewaySettings(ServiceSettings):
     api_keys: SecretList = Field(default=[], description="keys clients may use; empty means open, on this machine only")
     insecure_allow_remote: bool = Field(default=False, description="allow other machines in without api_keys")
     drain_timeout_s: float = Field(default=120.0, ge=0, description="seconds that running requests get to end on SIGTERM")
+    flush_s: float = Field(default=2.0, ge=0, description="seconds that the last usage records get to arrive, at the very end")
     drain_notice_s: float = Field(
         default=2.0, ge=0, description="seconds of these in which /readyz says 503 and new requests are still taken"
     )

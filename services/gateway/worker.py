@@ -43,9 +43,8 @@ log = get_logger(__name__)
 GC_THRESHOLDS = (50_000, 20, 50)
 #: How often sessions to engines that left the table are looked at, seconds.
 HOUSEKEEPING_S = 1.0
-#: Time that clients get to read the end of what is cut off, and the ledger to take what waits for it, seconds.
+#: Time that clients get to read the end of what is cut off, seconds.
 LAST_WORDS_S = 0.5
-FLUSH_S = 2.0
 
 
 class GatewayWorker(Generic[L]):
@@ -183,7 +182,7 @@ class GatewayWorker(Generic[L]):
         for request in tuple(self.live.requests):
             request.cancel()
         await self.resumer.close()
-        await self.usage.flush(FLUSH_S)
+        await self.usage.flush(self._settings.flush_s)
 
 
 def write_ready_file(path: str, http: str, grpc: str) -> None:

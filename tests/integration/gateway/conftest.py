@@ -84,7 +84,7 @@ Start = Callable[..., AbstractAsyncContextManager[Gateway]]
 @asynccontextmanager
 async def start_gateway(**overrides: Any) -> AsyncIterator[Gateway]:
     """A running gateway with these settings."""
-    settings = GatewaySettings(**overrides)
+    settings = GatewaySettings(**{"flush_s": 0.0, **overrides})  # nobody takes usage here
     telemetry = Telemetry("gateway", settings.telemetry)
     worker: GatewayWorker[Any] = GatewayWorker(
         settings, telemetry, NobodyLeads(), NobodyLeads(), listen("127.0.0.1", 0, shared=False)
