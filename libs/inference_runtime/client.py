@@ -178,12 +178,21 @@ class InferenceClient:
 
     # --- operation ---------------------------------------------------------------------------------------------------
 
-    async def apply(self, spec: DeploymentSpec | Mapping[str, Any]) -> deployment_manager_service_pb2.ApplyDeploymentResponse:
+    async def apply(
+        self, spec: DeploymentSpec | Mapping[str, Any], *, expected_generation: int = 0
+    ) -> deployment_manager_service_pb2.ApplyDeploymentResponse:
         """Create or change a deployment. Equal specifications change nothing, so it is asked again while leadership moves or etcd
         restarts. Raises BadRequest with `param`.
+
+        Args:
+            spec: What to serve.
+            expected_generation: Change it only while it is of this generation, else BadRequest with `param` =
+                "expected_generation"; 0 for whatever it is.
         """
         value = spec if isinstance(spec, DeploymentSpec) else parse_deployment(spec)
-        request = deployment_manager_service_pb2.ApplyDeploymentRequest(spec=wire.spec_to_proto(value))
+        request = deployment_manager_service_pb2.ApplyDeploymentRequest(
+            spec=wire.spec_to_proto(value), expected_generation=expected_generation
+        )
         response: deployment_manager_service_pb2.ApplyDeploymentResponse
         response = await self._at_leader(_manager, lambda stub: stub.ApplyDeployment, request)
         return response

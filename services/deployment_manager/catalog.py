@@ -155,12 +155,25 @@ class Catalog:
         return sorted((_parse(kv) for kv in stored), key=lambda record: record.spec.name)
 
     async def apply(
-        self, asked: deployment_pb2.DeploymentSpec, environment: Mapping[str, str], registered: Sequence[str], *, dry_run: bool
+        self,
+        asked: deployment_pb2.DeploymentSpec,
+        environment: Mapping[str, str],
+        registered: Sequence[str],
+        *,
+        dry_run: bool,
+        expected_generation: int = 0,
     ) -> tuple[deployment_pb2.Deployment, bool]:
         """Store what is asked for. Returns the record and whether it changed. Asking twice is safe, also after a cancel.
 
+        Args:
+            asked: The specification.
+            environment: Where credentials of providers are looked for, to infer the runtime.
+            registered: Names of installed runtimes, to infer the runtime.
+            dry_run: Check, and store nothing.
+            expected_generation: Change it only while the record is of this generation; 0 for whatever it is.
+
         Raises:
-            BadRequest: The specification is wrong; `param` names the field.
+            BadRequest: The specification is wrong, or the generation is another one; `param` names the field.
             StaleLeader: Another process leads by now. Nothing was changed.
         """
         sent: deployment_pb2.Deployment | None = None
@@ -170,6 +183,13 @@ class Catalog:
             record, changed = accept(asked, before, environment, registered, _now())
             if not changed:
                 return record, sent is not None and sent.generation == record.generation
+            generation = before.generation if before is not None else 0
+            if expected_generation and generation != expected_generation:
+                raise BadRequest(
+                    f"deployment {asked.name!r} is of generation {generation}, not {expected_generation}: somebody changed it"
+                    " meanwhile; look at it, then ask again",
+                    param="expected_generation",
+                )
             check_options(record)
             if dry_run or await self._write(record, stored):
                 return record, True

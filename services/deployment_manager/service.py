@@ -81,7 +81,9 @@ class DeploymentManagerService(deployment_manager_service_pb2_grpc.DeploymentMan
         if not request.HasField("spec"):
             raise BadRequest("the request has no spec", param="spec")
         runtimes = sorted({runtime for engine in office.view.engines.values() for runtime in engine.runtimes})
-        record, changed = await office.catalog.apply(request.spec, environment(), runtimes, dry_run=request.dry_run)
+        record, changed = await office.catalog.apply(
+            request.spec, environment(), runtimes, dry_run=request.dry_run, expected_generation=request.expected_generation
+        )
         if request.dry_run and changed:
             record = self._foresee(record, office.view)
         return deployment_manager_service_pb2.ApplyDeploymentResponse(deployment=record, changed=changed)

@@ -6,7 +6,6 @@ Each command imports what it needs when it runs: `chat` starts without gRPC and 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import click
 
 from inference_runtime import __version__
 from inference_runtime.cli.cluster_file import default_state_dir, locate
+from inference_runtime.cli.output import FORMATS, render
 from inference_runtime.errors import BadRequest, InferenceError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ _etcd = click.option("--etcd", envvar="INFERENCE_ETCD", default="", metavar="HOS
 _state_dir = click.option(
     "--state-dir", type=click.Path(path_type=Path, file_okay=False), help="State directory of the `up` to speak to."
 )
+
+_output = click.option("-o", "--output", type=click.Choice(FORMATS), default="table", show_default=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -145,7 +147,7 @@ def drain(engine: str, undo: bool, wait: bool, etcd: str, state_dir: Path | None
 
 @cli.command()
 @click.argument("kind", type=click.Choice(["deployments", "engines", "replicas", "leaders", "coordinator"]))
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_output
 @_etcd
 @_state_dir
 def get(kind: str, output: str, etcd: str, state_dir: Path | None) -> None:
@@ -157,14 +159,58 @@ def get(kind: str, output: str, etcd: str, state_dir: Path | None) -> None:
 
     read, columns = KINDS[kind]
     found = with_client(locate(etcd, state_dir), read)
-    if output == "json":
-        click.echo(json.dumps([document for document, _ in found], indent=1))
+    if output != "table":
+        click.echo(render([document for document, _ in found], output))
     elif found:
         # As wide as its content when piped: a script cuts columns, not we.
         console = Console(width=None if sys.stdout.isatty() else 400)
         console.print(table(columns, [row for _, row in found]))
     else:
         click.echo(f"no {kind}")
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["deployment", "engine", "replica"]))
+@click.argument("name")
+@_output
+@_etcd
+@_state_dir
+def describe(kind: str, name: str, output: str, etcd: str, state_dir: Path | None) -> None:
+    """Show all that is known of one deployment, engine or replica: its state, why, and its replicas."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from inference_runtime.cli.describe import DESCRIBERS, REPLICA_COLUMNS
+    from inference_runtime.cli.screen import table
+    from inference_runtime.cli.views import with_client
+
+    seen = with_client(locate(etcd, state_dir), lambda client: DESCRIBERS[kind](client, name))
+    if output != "table":
+        click.echo(render(seen.document, output))
+        return
+    for label, value in seen.facts:
+        first, *others = value.splitlines()
+        click.echo(f"{label + ':':14s}{first}")
+        for line in others:
+            click.echo(f"{'':14s}{line}")
+    if seen.replicas:
+        console = Console(width=None if sys.stdout.isatty() else 400)
+        console.print(Text(), table(REPLICA_COLUMNS, seen.replicas))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--replicas", type=click.IntRange(0, 1000), required=True, help="Number of copies; 0 keeps it without any.")
+@_etcd
+@_state_dir
+def scale(name: str, replicas: int, etcd: str, state_dir: Path | None) -> None:
+    """Give the deployment NAME another number of replicas. Nothing else of it changes, also when others change it meanwhile."""
+    from inference_runtime.cli.scale import scale as set_replicas
+    from inference_runtime.cli.views import with_client
+
+    done = with_client(locate(etcd, state_dir), lambda client: set_replicas(client, name, replicas))
+    what = f"{done.before} -> {replicas} replicas, generation {done.generation}" if done.changed else "unchanged"
+    click.echo(f"deployment {name}: {what}")
 
 
 @cli.command()

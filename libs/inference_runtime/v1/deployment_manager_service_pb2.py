@@ -27,7 +27,7 @@ from inference_runtime.v1 import common_pb2 as inference__runtime_dot_v1_dot_com
 from inference_runtime.v1 import deployment_pb2 as inference__runtime_dot_v1_dot_deployment__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5inference_runtime/v1/deployment_manager_service.proto\x12\x14inference_runtime.v1\x1a\x1cgoogle/api/annotations.proto\x1a!inference_runtime/v1/common.proto\x1a%inference_runtime/v1/deployment.proto\"]\n\x16\x41pplyDeploymentRequest\x12\x32\n\x04spec\x18\x01 \x01(\x0b\x32$.inference_runtime.v1.DeploymentSpec\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"`\n\x17\x41pplyDeploymentResponse\x12\x34\n\ndeployment\x18\x01 \x01(\x0b\x32 .inference_runtime.v1.Deployment\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x15GetDeploymentResponse\x12\x34\n\ndeployment\x18\x01 \x01(\x0b\x32 .inference_runtime.v1.Deployment\"\x18\n\x16ListDeploymentsRequest\"P\n\x17ListDeploymentsResponse\x12\x35\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32 .inference_runtime.v1.Deployment\"\x19\n\x17WatchDeploymentsRequest\"a\n\x18WatchDeploymentsResponse\x12\x34\n\ndeployment\x18\x01 \x01(\x0b\x32 .inference_runtime.v1.Deployment\x12\x0f\n\x07removed\x18\x02 \x01(\x08\"\x14\n\x12ListEnginesRequest\"D\n\x13ListEnginesResponse\x12-\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1c.inference_runtime.v1.Engine2\xf6\x06\n\x18\x44\x65ploymentManagerService\x12\x8e\x01\n\x0f\x41pplyDeployment\x12,.inference_runtime.v1.ApplyDeploymentRequest\x1a-.inference_runtime.v1.ApplyDeploymentResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x13/api/v1/deployments:\x01*\x12\x95\x01\n\x10\x44\x65leteDeployment\x12-.inference_runtime.v1.DeleteDeploymentRequest\x1a..inference_runtime.v1.DeleteDeploymentResponse\"\"\x82\xd3\xe4\x93\x02\x1c*\x1a/api/v1/deployments/{name}\x12\x8c\x01\n\rGetDeployment\x12*.inference_runtime.v1.GetDeploymentRequest\x1a+.inference_runtime.v1.GetDeploymentResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/deployments/{name}\x12\x8b\x01\n\x0fListDeployments\x12,.inference_runtime.v1.ListDeploymentsRequest\x1a-.inference_runtime.v1.ListDeploymentsResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/api/v1/deployments\x12\x96\x01\n\x10WatchDeployments\x12-.inference_runtime.v1.WatchDeploymentsRequest\x1a..inference_runtime.v1.WatchDeploymentsResponse\"!\x82\xd3\xe4\x93\x02\x1b\x12\x19/api/v1/deployments:watch0\x01\x12{\n\x0bListEngines\x12(.inference_runtime.v1.ListEnginesRequest\x1a).inference_runtime.v1.ListEnginesResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/api/v1/enginesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5inference_runtime/v1/deployment_manager_service.proto\x12\x14inference_runtime.v1\x1a\x1cgoogle/api/annotations.proto\x1a!inference_runtime/v1/common.proto\x1a%inference_runtime/v1/deployment.proto\"z\n\x16\x41pplyDeploymentRequest\x12\x32\n\x04spec\x18\x01 \x01(\x0b\x32$.inference_runtime.v1.DeploymentSpec\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x1b\n\x13\x65xpected_generation\x18\x03 \x01(\x03\"`\n\x17\x41pplyDeploymentResponse\x12\x34\n\ndeployment\x18\x01 \x01(\x0b\x32 .inference_runtime.v1.Deployment\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x15GetDeploymentResponse\x12\x34\n\ndeployment\x18\x01 \x01(\x0b\x32 .inference_runtime.v1.Deployment\"\x18\n\x16ListDeploymentsRequest\"P\n\x17ListDeploymentsResponse\x12\x35\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32 .inference_runtime.v1.Deployment\"\x19\n\x17WatchDeploymentsRequest\"a\n\x18WatchDeploymentsResponse\x12\x34\n\ndeployment\x18\x01 \x01(\x0b\x32 .inference_runtime.v1.Deployment\x12\x0f\n\x07removed\x18\x02 \x01(\x08\"\x14\n\x12ListEnginesRequest\"D\n\x13ListEnginesResponse\x12-\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1c.inference_runtime.v1.Engine2\xf6\x06\n\x18\x44\x65ploymentManagerService\x12\x8e\x01\n\x0f\x41pplyDeployment\x12,.inference_runtime.v1.ApplyDeploymentRequest\x1a-.inference_runtime.v1.ApplyDeploymentResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x13/api/v1/deployments:\x01*\x12\x95\x01\n\x10\x44\x65leteDeployment\x12-.inference_runtime.v1.DeleteDeploymentRequest\x1a..inference_runtime.v1.DeleteDeploymentResponse\"\"\x82\xd3\xe4\x93\x02\x1c*\x1a/api/v1/deployments/{name}\x12\x8c\x01\n\rGetDeployment\x12*.inference_runtime.v1.GetDeploymentRequest\x1a+.inference_runtime.v1.GetDeploymentResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/deployments/{name}\x12\x8b\x01\n\x0fListDeployments\x12,.inference_runtime.v1.ListDeploymentsRequest\x1a-.inference_runtime.v1.ListDeploymentsResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/api/v1/deployments\x12\x96\x01\n\x10WatchDeployments\x12-.inference_runtime.v1.WatchDeploymentsRequest\x1a..inference_runtime.v1.WatchDeploymentsResponse\"!\x82\xd3\xe4\x93\x02\x1b\x12\x19/api/v1/deployments:watch0\x01\x12{\n\x0bListEngines\x12(.inference_runtime.v1.ListEnginesRequest\x1a).inference_runtime.v1.ListEnginesResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/api/v1/enginesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,29 +47,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEPLOYMENTMANAGERSERVICE'].methods_by_name['ListEngines']._loaded_options = None
   _globals['_DEPLOYMENTMANAGERSERVICE'].methods_by_name['ListEngines']._serialized_options = b'\202\323\344\223\002\021\022\017/api/v1/engines'
   _globals['_APPLYDEPLOYMENTREQUEST']._serialized_start=183
-  _globals['_APPLYDEPLOYMENTREQUEST']._serialized_end=276
-  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_start=278
-  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_end=374
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=376
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=415
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=417
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=443
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=445
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=481
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=483
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=560
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=562
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=586
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=588
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=668
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=670
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=695
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=697
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=794
-  _globals['_LISTENGINESREQUEST']._serialized_start=796
-  _globals['_LISTENGINESREQUEST']._serialized_end=816
-  _globals['_LISTENGINESRESPONSE']._serialized_start=818
-  _globals['_LISTENGINESRESPONSE']._serialized_end=886
-  _globals['_DEPLOYMENTMANAGERSERVICE']._serialized_start=889
-  _globals['_DEPLOYMENTMANAGERSERVICE']._serialized_end=1775
+  _globals['_APPLYDEPLOYMENTREQUEST']._serialized_end=305
+  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_start=307
+  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_end=403
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=405
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=444
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=446
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=472
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=474
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=510
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=512
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=589
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=591
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=615
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=617
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=697
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=699
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=724
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=726
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=823
+  _globals['_LISTENGINESREQUEST']._serialized_start=825
+  _globals['_LISTENGINESREQUEST']._serialized_end=845
+  _globals['_LISTENGINESRESPONSE']._serialized_start=847
+  _globals['_LISTENGINESRESPONSE']._serialized_end=915
+  _globals['_DEPLOYMENTMANAGERSERVICE']._serialized_start=918
+  _globals['_DEPLOYMENTMANAGERSERVICE']._serialized_end=1804
 # @@protoc_insertion_point(module_scope)

@@ -10,12 +10,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ApplyDeploymentRequest(_message.Message):
-    __slots__ = ("spec", "dry_run")
+    __slots__ = ("spec", "dry_run", "expected_generation")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     spec: _deployment_pb2.DeploymentSpec
     dry_run: bool
-    def __init__(self, spec: _Optional[_Union[_deployment_pb2.DeploymentSpec, _Mapping]] = ..., dry_run: bool = ...) -> None: ...
+    expected_generation: int
+    def __init__(self, spec: _Optional[_Union[_deployment_pb2.DeploymentSpec, _Mapping]] = ..., dry_run: bool = ..., expected_generation: _Optional[int] = ...) -> None: ...
 
 class ApplyDeploymentResponse(_message.Message):
     __slots__ = ("deployment", "changed")
