@@ -213,6 +213,41 @@ def scale(name: str, replicas: int, etcd: str, state_dir: Path | None) -> None:
     click.echo(f"deployment {name}: {what}")
 
 
+@cli.group()
+def rollout() -> None:
+    """Follow what became of a change."""
+
+
+@rollout.command("status")
+@click.argument("name")
+@click.option("--watch", is_flag=True, help="Say each change; return once it serves.")
+@_etcd
+@_state_dir
+def rollout_status(name: str, watch: bool, etcd: str, state_dir: Path | None) -> None:
+    """Show how far the latest generation of the deployment NAME has come."""
+    from inference_runtime.cli.rollout import follow, sentence
+    from inference_runtime.cli.views import with_client
+
+    async def work(client: InferenceClient) -> None:
+        if watch:
+            await follow(client, name, APPLY_WAIT_S, lambda line: click.echo(f"deployment {name}: {line}"))
+        else:
+            click.echo(f"deployment {name}: {sentence(await client.deployment(name))}")
+
+    with_client(locate(etcd, state_dir), work)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes `inferctl` in this SHELL."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None  # click knows all that are choices here
+    click.echo(found(cli, {}, "inferctl", "_INFERCTL_COMPLETE").source())
+
+
 @cli.command()
 @click.argument("deployment")
 @click.option("--once", metavar="TEXT", help="Ask this, print the answer, leave.")

@@ -131,3 +131,24 @@ async def test_scaling_what_is_not_there_is_one_sentence(cluster: Cluster) -> No
     done = await inferctl(cluster, "scale", "nobody", "--replicas", "2")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("echo")
+async def test_a_rollout_is_watched_until_it_serves(cluster: Cluster) -> None:
+    applied = await cluster.apply(SPEC | {"serving": {"max_context_tokens": 64}})
+    watched = await inferctl(cluster, "rollout", "status", "echo", "--watch")
+    assert watched.returncode == 0, watched.stderr
+    assert watched.stdout.splitlines()[-1] == f"deployment echo: generation {applied.generation}, serving, 1 of 1 replicas"
+    assert (await inferctl(cluster, "rollout", "status", "echo")).stdout.splitlines() == watched.stdout.splitlines()[-1:]
+
+
+async def test_the_status_of_what_cannot_be_placed_says_why(cluster: Cluster) -> None:
+    await cluster.apply(SPEC | {"name": "heavy", "accelerators": 64})
+    async with cluster.client() as client, asyncio.timeout(60):
+        while True:
+            if (await client.deployment("heavy")).status.reason.startswith("no engine takes it"):
+                break
+            await asyncio.sleep(0.05)
+    done = await inferctl(cluster, "rollout", "status", "heavy")
+    assert done.returncode == 0
+    assert "pending, 0 of 1 replicas: no engine takes it" in done.stdout
