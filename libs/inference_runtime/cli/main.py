@@ -238,6 +238,30 @@ def rollout_status(name: str, watch: bool, etcd: str, state_dir: Path | None) ->
 
 
 @cli.command()
+@click.argument("service", default="")
+@click.option("-f", "--follow", is_flag=True, help="Go on with each new line until Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(0, 100_000), default=50, show_default=True, help="Last lines of each log.")
+@_state_dir
+def logs(service: str, follow: bool, lines: int, state_dir: Path | None) -> None:
+    """Show the logs of an `up` on this machine: of all, of one SERVICE, or of one process (`gateway-2`)."""
+    from inference_runtime.cli import logs as files
+    from inference_runtime.cli.cluster_file import LOCAL_DIR, home_state_dir
+
+    paths = files.find_logs([state_dir] if state_dir is not None else [LOCAL_DIR, home_state_dir()], service)
+
+    def say(path: Path, line: str) -> None:
+        click.echo(line if len(paths) == 1 else f"{path.stem}: {line}")
+
+    read: dict[Path, int] = {}
+    for path in paths:
+        last, read[path] = files.tail(path, lines)
+        for line in last:
+            say(path, line)
+    for _ in files.follow(paths, read, say) if follow else ():
+        sys.stdout.flush()
+
+
+@cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes `inferctl` in this SHELL."""

@@ -152,3 +152,12 @@ async def test_the_status_of_what_cannot_be_placed_says_why(cluster: Cluster) ->
     done = await inferctl(cluster, "rollout", "status", "heavy")
     assert done.returncode == 0
     assert "pending, 0 of 1 replicas: no engine takes it" in done.stdout
+
+
+async def test_the_logs_of_a_running_cluster_are_found(cluster: Cluster) -> None:
+    command = [INFERCTL, "logs", "coordinator", "--state-dir", str(cluster.folder)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    written = (cluster.folder / "logs" / "coordinator.log").read_text().splitlines()
+    assert done.stdout
+    assert set(done.stdout.splitlines()) <= set(written)
