@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
+
+# A shell that starts the tests in the background hands down a SIGINT that is ignored, and every program under test would inherit
+# that: no Ctrl-C would reach it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
