@@ -7,6 +7,7 @@ microsecond or two for each stream that moved.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import itertools
 import time
@@ -37,7 +38,7 @@ TOUCH_S = 15.0
 FLUSH_S = 1.0
 
 
-class Copied:
+class Copied(abc.ABC):
     """A stream that is copied. Whoever serves it says what it is (`header`) and hears when it is safe (`on_safe`).
 
     Args:
@@ -56,13 +57,13 @@ class Copied:
         self.touched = 0.0
         self.end: StreamEnd | None = None
 
+    @abc.abstractmethod
     def header(self) -> StreamHeader:
         """What is told of it at first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def on_safe(self) -> None:
         """Another gateway has it, or none can have it. Called more than once, perhaps."""
-        raise NotImplementedError
 
 
 class Replicator:
