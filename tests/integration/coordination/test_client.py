@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import trustme
 
 from inference_runtime.coordination import (
     Compacted,
@@ -335,20 +335,13 @@ async def test_users_and_passwords_are_used_and_tokens_are_fetched_again(etcd: E
 @pytest.fixture
 def pki(tmp_path: Path) -> Path:
     """A certificate authority, a server certificate for 127.0.0.1 and a client certificate, made on the spot."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed: TLS to etcd is not tested here")
-
-    def run(*args: str) -> None:
-        subprocess.run([openssl, *args], check=True, capture_output=True, cwd=tmp_path)
-
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    run("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test ca", "-days", "2")
-    (tmp_path / "san").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     for name in ("server", "client"):
-        run("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signing = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san", "-days", "2"]
-        run("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
+        issued = authority.issue_cert("127.0.0.1", "localhost", common_name=name)
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        for certificate in issued.cert_chain_pems:
+            certificate.write_to_path(tmp_path / f"{name}.pem", append=True)
     return tmp_path
 
 
